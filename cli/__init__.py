@@ -1,0 +1,1 @@
+"""The `raflora` command: one file a verb."""

@@ -1,0 +1,185 @@
+"""LoRA adapters as values: what they look like (AdapterSpec) and what they hold (Adapter).
+
+Nothing here knows files, PEFT's key names or an aggregation method. Arrays are float32 and read-only.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import AdapterMismatch, InvalidRequest, WrongRank
+
+Array = NDArray[np.float32]
+
+MAX_TENSORS = 16_384  # more than any transformer has; bounds what a peer can make us allocate
+MAX_DIMENSION = 1 << 24
+_SEEDED_TENSOR_STD = 0.02  # transformers' initializer_range of every classification head
+
+
+@dataclass(frozen=True, order=True)
+class ModuleShape:
+    """One adapted linear layer."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, order=True)
+class TensorShape:
+    """One tensor that is trained whole (a classification head's weight, say)."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The names and shapes of everything that is trained, whatever the rank; sorted by name."""
+
+    modules: tuple[ModuleShape, ...]
+    tensors: tuple[TensorShape, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", tuple(sorted(self.modules)))
+        object.__setattr__(self, "tensors", tuple(sorted(self.tensors)))
+        names = [m.name for m in self.modules] + [t.name for t in self.tensors]
+        if not self.modules:
+            raise InvalidRequest("adapter spec: no adapted module; at least one is needed")
+        if len(names) > MAX_TENSORS:
+            raise InvalidRequest(f"adapter spec: {len(names)} entries; at most {MAX_TENSORS} are allowed")
+        if len(set(names)) != len(names):
+            raise InvalidRequest("adapter spec: a name stands twice")
+        for name, shape in self._shapes():
+            if not name or any(not 0 < size <= MAX_DIMENSION for size in shape):
+                raise InvalidRequest(f"adapter spec: {name or '(no name)'} has the impossible shape {shape}")
+
+    def _shapes(self) -> Iterable[tuple[str, tuple[int, ...]]]:
+        yield from ((m.name, (m.out_features, m.in_features)) for m in self.modules)
+        yield from ((t.name, t.shape) for t in self.tensors)
+
+    @cached_property
+    def largest_rank(self) -> int:
+        """The largest rank that every module can hold: the smallest of all sides."""
+        return min(min(m.out_features, m.in_features) for m in self.modules)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, ModuleShape]:
+        """The modules by name."""
+        return {module.name: module for module in self.modules}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module's LoRA factors: the update is scaling * lora_B @ lora_A."""
+
+    lora_A: Array  # [rank, in_features]
+    lora_B: Array  # [out_features, rank]
+
+    def __post_init__(self) -> None:
+        if self.lora_A.ndim != 2 or self.lora_B.ndim != 2 or self.lora_A.shape[0] != self.lora_B.shape[1]:
+            raise AdapterMismatch(
+                f"factors: lora_A {self.lora_A.shape} and lora_B {self.lora_B.shape} do not share a rank"
+            )
+        object.__setattr__(self, "lora_A", _frozen(self.lora_A))
+        object.__setattr__(self, "lora_B", _frozen(self.lora_B))
+
+    @property
+    def rank(self) -> int:
+        """The number of directions."""
+        return int(self.lora_A.shape[0])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """All factors of one rank, and the tensors that are trained beside them."""
+
+    modules: Mapping[str, Factors]
+    tensors: Mapping[str, Array]
+
+    def __post_init__(self) -> None:
+        ranks = {factors.rank for factors in self.modules.values()}
+        if len(ranks) != 1:
+            raise AdapterMismatch(f"adapter: modules have the ranks {sorted(ranks)}; exactly one is expected")
+        tensors = {name: _frozen(tensor) for name, tensor in self.tensors.items()}
+        object.__setattr__(self, "tensors", tensors)
+
+    @property
+    def rank(self) -> int:
+        """The rank of every module."""
+        return next(iter(self.modules.values())).rank
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """Its names and shapes."""
+        return AdapterSpec(
+            tuple(ModuleShape(n, f.lora_B.shape[0], f.lora_A.shape[1]) for n, f in self.modules.items()),
+            tuple(TensorShape(n, t.shape) for n, t in self.tensors.items()),
+        )
+
+
+def slice_adapter(adapter: Adapter, rank: int, *, scaling: float) -> Adapter:
+    """The first `rank` directions, for a client that multiplies lora_B lora_A by `scaling`.
+
+    The adapter holds effective updates (scaling 1), so lora_B is divided by the receiver's scaling:
+    what the client computes is then the first `rank` directions exactly.
+    Raises WrongRank if the adapter has fewer directions.
+    """
+    if not 0 < rank <= adapter.rank:
+        raise WrongRank(f"rank slice {rank}: the global adapter has the ranks 1 to {adapter.rank}")
+    divisor = np.float32(scaling)
+    modules = {n: Factors(f.lora_A[:rank], f.lora_B[:, :rank] / divisor) for n, f in adapter.modules.items()}
+    return Adapter(modules, adapter.tensors)
+
+
+def effective(adapter: Adapter, *, scaling: float) -> Adapter:
+    """The inverse of the scaling in slice_adapter: factors whose product is the update itself."""
+    factor = np.float32(scaling)
+    modules = {n: Factors(f.lora_A, f.lora_B * factor) for n, f in adapter.modules.items()}
+    return Adapter(modules, adapter.tensors)
+
+
+def initial_adapter(spec: AdapterSpec, rank: int, seed: int) -> Adapter:
+    """Round 0: lora_B = 0 and one seeded lora_A of orthonormal rows, so slices are nested and no direction is dead.
+
+    Tensors outside LoRA of two or more dimensions are drawn from N(0, 0.02^2), vectors are zero: the usual
+    initial values of a classification head, made here once so that all clients start alike.
+    """
+    if rank > spec.largest_rank:
+        narrow = min(spec.modules, key=lambda m: min(m.out_features, m.in_features))
+        raise WrongRank(
+            f"global rank {rank}: module {narrow.name} is {narrow.out_features} x {narrow.in_features}, "
+            f"so at most rank {spec.largest_rank} fits; lower the rank or leave the module out"
+        )
+    modules = {}
+    for module in spec.modules:
+        gaussian = _generator(seed, module.name).standard_normal((module.in_features, rank))
+        orthonormal, triangle = np.linalg.qr(gaussian)
+        rows = (orthonormal * np.sign(np.diag(triangle))).T
+        modules[module.name] = Factors(
+            rows.astype(np.float32), np.zeros((module.out_features, rank), dtype=np.float32)
+        )
+    tensors = {}
+    for tensor in spec.tensors:
+        scale = _SEEDED_TENSOR_STD if len(tensor.shape) > 1 else 0.0
+        values = scale * _generator(seed, tensor.name).standard_normal(tensor.shape)
+        tensors[tensor.name] = values.astype(np.float32)
+    return Adapter(modules, tensors)
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    # Named streams: adding a module does not change the values of the others.
+    stream = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(stream[:16], "big")))
+
+
+def _frozen(array: Array) -> Array:
+    frozen = np.ascontiguousarray(array, dtype=np.float32)
+    if frozen.flags.writeable:
+        frozen = frozen.view()
+        frozen.flags.writeable = False
+    return frozen

@@ -1,0 +1,90 @@
+"""Settings: one TOML file, overridden by the environment (RAFLORA__ROUNDS__QUORUM=3), then by --set rounds.quorum=3.
+
+Read once at start into frozen pydantic models. The only place that looks at environment variables.
+"""
+
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "RAFLORA__"
+_SEPARATOR = "__"
+
+
+class Section(BaseModel):
+    """A part of a settings file: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+Settings = TypeVar("Settings", bound=Section)
+
+
+def load_settings(
+    model: type[Settings],
+    path: Path | None,
+    *,
+    overrides: Iterable[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """The settings of one role. Raises ConfigError that names the source, the key and what was expected."""
+    content = _read_toml(path) if path else {}
+    sources: dict[str, str] = {}
+    environment = os.environ if environ is None else environ
+    for name, text in sorted(environment.items()):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split(_SEPARATOR)
+            _put(content, keys, text, f"environment variable {name}", sources)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override}: expected KEY=VALUE, for example --set rounds.quorum=3")
+        _put(content, key.split("."), text, f"--set {key}", sources)
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path) if path else "settings", sources)) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _put(content: dict[str, Any], keys: list[str], text: str, source: str, sources: dict[str, str]) -> None:
+    place = content
+    for key in keys[:-1]:
+        place = place.setdefault(key, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"{source}: {key} is a value, not a section")
+    place[keys[-1]] = _value_of(text)
+    sources[".".join(keys)] = source
+
+
+def _value_of(text: str) -> Any:
+    """The TOML value that the text spells (3, true, [2, 4], "x"); the text itself if it spells none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error: ValidationError, where: str, sources: Mapping[str, str]) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
+        found = "" if problem["type"] in {"missing", "extra_forbidden"} else f", found {problem['input']!r:.80}"
+        lines.append(f"{sources.get(key, where)}: {key}: {problem['msg']}{found}")
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""Bytes that arrive in chunks and survive an interruption: a part file with an offset and a digest.
+
+Both directions use it: the coordinator for uploads, the worker for downloads. Nothing here knows gRPC.
+The order is the promise: write, fsync, check the digest, rename, fsync the folder; only then is it complete.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import CorruptTransfer, InvalidRequest, WrongOffset, WrongSize
+
+CHUNK_BYTES = 1 << 20  # well under gRPC's 4 MiB default, so no side must raise it
+SYNC_BYTES = 16 << 20  # at most this much is sent again after a crash
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def check_digest(digest: str, whose: str) -> str:
+    """The digest itself; InvalidRequest unless it is 64 hexadecimal digits (so it is safe as a file name)."""
+    if not _DIGEST.fullmatch(digest):
+        raise InvalidRequest(f"{whose}: digest {digest[:80]!r} is not a SHA-256 of 64 hexadecimal digits")
+    return digest
+
+
+def chunks_of(path: Path, offset: int = 0) -> Iterator[bytes]:
+    """The file's bytes from an offset, in chunks. Raises WrongOffset beyond its end."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not 0 <= offset <= size:
+            raise WrongOffset(f"offset {offset}: the blob has {size} bytes", committed_bytes=size)
+        file.seek(offset)
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What was announced before the first byte."""
+
+    digest: str
+    size_bytes: int
+    whose: str  # for messages: "client ada", "slice for ada"
+
+
+class PartFile:
+    """One transfer that is not complete yet, on disk.
+
+    `committed_bytes` is what survives a crash of this process or machine.
+    Call `close` in a finally; a part file that is not finished stays for the next attempt.
+    """
+
+    def __init__(self, path: Path, expected: Expected) -> None:
+        self._path = path
+        self._expected = expected
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._written = self._synced = self._file.seek(0, os.SEEK_END)
+        if self._written > expected.size_bytes:
+            self._restart()
+
+    @property
+    def committed_bytes(self) -> int:
+        """The offset at which the sender goes on."""
+        return self._synced
+
+    def append(self, offset: int, data: bytes) -> None:
+        """Writes the next chunk. Raises WrongOffset or WrongSize, and writes nothing then."""
+        if offset != self._written:
+            raise WrongOffset(
+                f"{self._expected.whose}: chunk at byte {offset}, expected {self._written}",
+                committed_bytes=self._synced,
+            )
+        if offset + len(data) > self._expected.size_bytes:
+            raise WrongSize(
+                f"{self._expected.whose}: more bytes than the {self._expected.size_bytes} that were announced"
+            )
+        self._file.write(data)
+        self._written += len(data)
+        if self._written - self._synced >= SYNC_BYTES:
+            self.sync()
+
+    def sync(self) -> None:
+        """Makes everything written so far durable. A failed fsync is never retried: the error goes up."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._synced = self._written
+
+    @property
+    def is_complete(self) -> bool:
+        """Every announced byte is durable; the digest is not yet checked."""
+        return self._synced == self._expected.size_bytes
+
+    def finish(self, target: Path) -> None:
+        """Checks the digest and gives the file its name.
+
+        Raises CorruptTransfer, and forgets the bytes, if they are not the announced ones.
+        """
+        self.sync()
+        self._file.seek(0)
+        found = hashlib.file_digest(self._file, "sha256").hexdigest()
+        if found != self._expected.digest or not self.is_complete:
+            size = self._written
+            self._restart()
+            raise CorruptTransfer(
+                f"{self._expected.whose}: {size} bytes with the digest {found[:12]}, "
+                f"expected {self._expected.size_bytes} with {self._expected.digest[:12]}; send them again"
+            )
+        self._file.close()
+        os.replace(self._path, target)
+        sync_folder(target.parent)
+
+    def close(self) -> None:
+        """Ends this attempt; what was synced stays."""
+        self._file.close()
+
+    def _restart(self) -> None:
+        self._file.truncate(0)
+        self._file.seek(0)
+        self._written = self._synced = 0
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Writes a whole file so that after a crash it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and deletions inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

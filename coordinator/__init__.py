@@ -1,0 +1,1 @@
+"""The coordinator: rank profiles, rounds, aggregation; no torch."""

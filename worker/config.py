@@ -1,0 +1,123 @@
+"""What a site decides: where the coordinator is, which model, which data, and what it will not do."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.logs import LogFormat
+from common.settings import Section
+
+Probability = Annotated[float, Field(gt=0, lt=1)]
+
+
+class TlsConfig(Section):
+    """Files in PEM form."""
+
+    ca_file: Path | None = None
+    """The authority that signed the coordinator's certificate; unset: the system's."""
+    certificate_file: Path | None = None
+    """This worker's certificate, if the coordinator asks for one."""
+    key_file: Path | None = None
+    """The key of that certificate."""
+
+
+class CoordinatorAddress(Section):
+    """Where the coordinator listens."""
+
+    address: str = "127.0.0.1:7070"
+    """HOST:PORT."""
+    insecure: bool = False
+    """Speak in the clear to an address outside this machine (a private network, a tunnel)."""
+    tls: TlsConfig | None = None
+    """Unset on loopback: in the clear."""
+    rpc_timeout_seconds: float = Field(default=10.0, gt=0, le=300)
+    """For every small call."""
+
+
+class ModelConfig(Section):
+    """The base model; nothing of it is ever downloaded from the coordinator."""
+
+    path: str
+    """A local folder or a hub id."""
+    revision: str | None = None
+    """A hub commit."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen weights in memory; LoRA factors are always trained in float32."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1"; auto takes a GPU if there is one."""
+    offline: bool = False
+    """Touch no network when loading the model or the data."""
+
+
+class DataConfig(Section):
+    """This site's data; it never leaves."""
+
+    train: str
+    """A jsonl, csv or parquet file, or a hub data set's id."""
+    test: str | None = None
+    """The same for evaluation; unset: a part of the training data is held out."""
+    holdout: Probability = 0.1
+    """That part."""
+    subset: str | None = None
+    """A hub data set's configuration name."""
+    train_split: str = "train"
+    """Of a hub data set."""
+    test_split: str = "test"
+    """Of a hub data set, if `test` names one."""
+    text_column: str = "text"
+    """For sequence classification."""
+    text_pair_column: str | None = None
+    """A second sentence, if the task has one."""
+    image_column: str = "image"
+    """For image classification: a PNG or JPEG (bytes, or a path beside the file), or rows of grey values."""
+    label_column: str = "label"
+    """A class's number or its name."""
+    max_length: int = Field(default=256, ge=8, le=131_072)
+    """Tokens a text is cut to."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """Use no more than so many."""
+
+
+class SitePolicy(Section):
+    """The site's last word: what is outside is refused, whatever the coordinator asks."""
+
+    allowed_base_models: tuple[str, ...] = ()
+    """Digests; empty: the configured model, whichever it is."""
+    max_rank: int = Field(default=4096, ge=1)
+    """The largest LoRA rank."""
+    max_local_steps: int = Field(default=100_000, ge=1)
+    """Optimizer steps of one task."""
+    max_learning_rate: float = Field(default=1.0, gt=0)
+    """Of one task."""
+    max_task_seconds: float = Field(default=86_400.0, gt=0)
+    """A task that runs longer is stopped and given back."""
+
+
+class WorkerConfig(Section):
+    """One worker of one site: `raflora worker --config worker.toml`."""
+
+    name: str = ""
+    """The client id; unset: the host's name."""
+    rank: int = Field(ge=1, le=4096)
+    """The largest LoRA rank that this machine can train."""
+    state_dir: Path = Path("worker-state")
+    """Part files, the enrolment key and a sign of life; survives a restart."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads for training; 0: as many as there are cores."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Examples that fit into memory at once; the rest of the federation's batch is accumulated. Unset: the whole batch."""
+    log_format: LogFormat = "text"
+    """text or json."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is worth a line."""
+    coordinator: CoordinatorAddress = CoordinatorAddress()
+    model: ModelConfig
+    data: DataConfig
+    policy: SitePolicy = SitePolicy()
+
+    @model_validator(mode="after")
+    def _rank_is_within_policy(self) -> "WorkerConfig":
+        if self.rank > self.policy.max_rank:
+            raise ValueError(f"rank {self.rank} is above the site policy's max_rank {self.policy.max_rank}")
+        return self

@@ -1,0 +1,170 @@
+"""What the agent and its trainer process say to each other: one JSON object a line over two pipes.
+
+Bytes of adapters go through files, never through the pipes. Nothing here imports torch or grpc.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeAlias
+
+from common.errors import InvalidRequest
+
+MAX_LINE_BYTES = 4 << 20  # a spec of thousands of modules fits; anything longer is not ours
+
+
+@dataclass(frozen=True)
+class ModelOrder:
+    """The coordinator's half of what to load; the site's config has the other half (paths, device)."""
+
+    task: str  # "sequence-classification", "image-classification"
+    labels: tuple[str, ...]
+    target_modules: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    lora_rank: int  # the largest that this worker will be asked for
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train in one round (raflora.v1.TrainingPlan)."""
+
+    learning_rate: float
+    local_steps: int  # 0: use local_epochs
+    local_epochs: float
+    batch_size: int
+    weight_decay: float
+    max_grad_norm: float
+    warmup_steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """First request: load the base model and the data, inject LoRA, measure nothing yet."""
+
+    config_json: str  # the WorkerConfig as JSON: the trainer reads no file and no environment of its own
+    order: ModelOrder
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train the slice in `slice_path` and write the trained factors to `update_path` in the wire dtype."""
+
+    slice_path: str
+    update_path: str
+    lora_rank: int
+    scaling: float
+    wire_dtype: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate the slice in `slice_path` on the local test data."""
+
+    slice_path: str
+    lora_rank: int
+    scaling: float
+    wire_dtype: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Answer to Load."""
+
+    base_model_digest: str
+    modules: tuple[tuple[str, int, int], ...]  # name, out_features, in_features
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    num_examples: int
+    device: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class ProgressMade:
+    """While it works; may come any number of times."""
+
+    activity: str
+    step: int
+    total_steps: int
+    train_loss: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Answer to Train; the update lies in its file."""
+
+    num_examples: int
+    seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Answer to Evaluate."""
+
+    num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Answer to anything that could not be done; the trainer lives on unless it says `fatal`."""
+
+    reason: str  # one word: "out_of_memory", "data_error", "model_error", "diverged", "adapter_mismatch", ...
+    message: str
+    fatal: bool = False
+
+
+Request: TypeAlias = Load | Train | Evaluate
+Answer: TypeAlias = Loaded | ProgressMade | Trained | Evaluated | Failed
+
+
+def to_line(message: Request | Answer) -> bytes:
+    """One message as one line."""
+    return json.dumps({"kind": type(message).__name__, **asdict(message)}, allow_nan=False).encode() + b"\n"
+
+
+def request_from_line(line: bytes) -> Request:
+    """The agent's message. Raises InvalidRequest if it is none."""
+    content = _content_of(line)
+    match content.pop("kind"):
+        case "Load":
+            order = {key: tuple(v) if isinstance(v, list) else v for key, v in content.pop("order").items()}
+            return Load(order=ModelOrder(**order), **content)
+        case "Train":
+            return Train(plan=Plan(**content.pop("plan")), **content)
+        case "Evaluate":
+            return Evaluate(**content)
+        case other:
+            raise InvalidRequest(f"trainer: unknown request {other!r}")
+
+
+def answer_from_line(line: bytes) -> Answer:
+    """The trainer's message. Raises InvalidRequest if it is none."""
+    content = _content_of(line)
+    match content.pop("kind"):
+        case "Loaded":
+            modules = tuple((name, out, into) for name, out, into in content.pop("modules"))
+            tensors = tuple((name, tuple(shape)) for name, shape in content.pop("tensors"))
+            return Loaded(modules=modules, tensors=tensors, **content)
+        case "ProgressMade":
+            return ProgressMade(**content)
+        case "Trained":
+            return Trained(**content)
+        case "Evaluated":
+            return Evaluated(**content)
+        case "Failed":
+            return Failed(**content)
+        case other:
+            raise InvalidRequest(f"trainer: unknown answer {other!r}")
+
+
+def _content_of(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE_BYTES:
+        raise InvalidRequest(f"trainer: a line of {len(line)} bytes; at most {MAX_LINE_BYTES} are read")
+    content = json.loads(line)
+    if not isinstance(content, dict) or "kind" not in content:
+        raise InvalidRequest("trainer: a line that is no message")
+    return content
