@@ -17,6 +17,8 @@ Array = NDArray[np.float32]
 
 MAX_TENSORS = 16_384  # more than any transformer has; bounds what a peer can make us allocate
 MAX_DIMENSION = 1 << 24
+MAX_AXES = 8
+MAX_NAME_CHARS = 512
 _SEEDED_TENSOR_STD = 0.02  # transformers' initializer_range of every classification head
 
 
@@ -54,9 +56,13 @@ class AdapterSpec:
             raise InvalidRequest(f"adapter spec: {len(names)} entries; at most {MAX_TENSORS} are allowed")
         if len(set(names)) != len(names):
             raise InvalidRequest("adapter spec: a name stands twice")
+        # A tensor of such a name could not be told from a module's factor, or from a file's metadata.
+        reserved = {"__metadata__"} | {f"{m.name}.lora_{factor}" for m in self.modules for factor in "AB"}
         for name, shape in self._shapes():
-            if not name or any(not 0 < size <= MAX_DIMENSION for size in shape):
-                raise InvalidRequest(f"adapter spec: {name or '(no name)'} has the impossible shape {shape}")
+            if name in reserved or not name.isprintable() or not 0 < len(name) <= MAX_NAME_CHARS:
+                raise InvalidRequest(f"adapter spec: {name[:MAX_NAME_CHARS]!r} cannot be a name")
+            if len(shape) > MAX_AXES or any(not 0 < size <= MAX_DIMENSION for size in shape):
+                raise InvalidRequest(f"adapter spec: {name} has the impossible shape {shape[:MAX_AXES]}")
 
     def _shapes(self) -> Iterable[tuple[str, tuple[int, ...]]]:
         yield from ((m.name, (m.out_features, m.in_features)) for m in self.modules)
@@ -144,12 +150,12 @@ def effective(adapter: Adapter, *, scaling: float) -> Adapter:
 
 
 def initial_adapter(spec: AdapterSpec, rank: int, seed: int) -> Adapter:
-    """Round 0: lora_B = 0 and one seeded lora_A of orthonormal rows, so slices are nested and no direction is dead.
+    """Round 0: lora_B = 0 and one seeded lora_A of orthonormal rows: slices are nested, no direction is dead.
 
     Tensors outside LoRA of two or more dimensions are drawn from N(0, 0.02^2), vectors are zero: the usual
     initial values of a classification head, made here once so that all clients start alike.
     """
-    if rank > spec.largest_rank:
+    if not 0 < rank <= spec.largest_rank:
         narrow = min(spec.modules, key=lambda m: min(m.out_features, m.in_features))
         raise WrongRank(
             f"global rank {rank}: module {narrow.name} is {narrow.out_features} x {narrow.in_features}, "
@@ -160,9 +166,7 @@ def initial_adapter(spec: AdapterSpec, rank: int, seed: int) -> Adapter:
         gaussian = _generator(seed, module.name).standard_normal((module.in_features, rank))
         orthonormal, triangle = np.linalg.qr(gaussian)
         rows = (orthonormal * np.sign(np.diag(triangle))).T
-        modules[module.name] = Factors(
-            rows.astype(np.float32), np.zeros((module.out_features, rank), dtype=np.float32)
-        )
+        modules[module.name] = Factors(rows.astype(np.float32), np.zeros((module.out_features, rank), dtype=np.float32))
     tensors = {}
     for tensor in spec.tensors:
         scale = _SEEDED_TENSOR_STD if len(tensor.shape) > 1 else 0.0
@@ -178,7 +182,7 @@ def _generator(seed: int, name: str) -> np.random.Generator:
 
 
 def _frozen(array: Array) -> Array:
-    frozen = np.ascontiguousarray(array, dtype=np.float32)
+    frozen = np.asarray(array, dtype=np.float32, order="C")
     if frozen.flags.writeable:
         frozen = frozen.view()
         frozen.flags.writeable = False

@@ -5,6 +5,7 @@ ignored, and keepalive_timeout_ms alone does not notice a frozen peer (ping_time
 tests/integration/test_keepalive.py holds both to account.
 """
 
+import ipaddress
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,6 @@ MAX_MESSAGE_BYTES = 4 << 20  # gRPC's default; nothing here needs more
 MAX_CALLS_PER_CONNECTION = 16
 REASON_KEY = "raflora-reason"
 COMMITTED_BYTES_KEY = "raflora-committed-bytes"
-_LOOPBACK = ("127.", "localhost", "[::1]", "::1", "unix:")
 
 Options = Sequence[tuple[str, int | str]]
 
@@ -44,7 +44,7 @@ class Keepalive:
 
 @dataclass(frozen=True)
 class Tls:
-    """Files in PEM form; a client without certificate and key is not asked for them unless the server has a ca_file."""
+    """Files in PEM form. Clients are asked for a certificate only by a server that has a ca_file."""
 
     ca_file: Path | None = None
     certificate_file: Path | None = None
@@ -110,7 +110,13 @@ def server_credentials(tls: Tls) -> grpc.ServerCredentials:
 
 def is_loopback(address: str) -> bool:
     """Whether nobody outside this machine can reach the address."""
-    return address.startswith(_LOOPBACK)
+    if address.startswith("unix:"):
+        return True
+    host = address if address.count(":") > 1 and "]" not in address else address.rpartition(":")[0] or address
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 # Unary calls only: a stream that has begun is committed and resumes at its offset in our own code.
@@ -118,7 +124,10 @@ _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [
             {
-                "name": [{"service": "raflora.v1.FederationService"}, {"service": "raflora.v1.StatusService"}],
+                "name": [
+                    {"service": "raflora.v1.FederationService"},
+                    {"service": "raflora.v1.StatusService"},
+                ],
                 "retryPolicy": {
                     "maxAttempts": 4,
                     "initialBackoff": "0.2s",

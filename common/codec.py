@@ -7,6 +7,7 @@ that very header: no other names, no duplicates, no padding, no second way to wr
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from common.errors import AdapterMismatch, NotFinite, WrongSize
 MAX_HEADER_BYTES = 8 << 20
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
+_QUOTE_CHARS = 200
 _FINITE_BLOCK = 1 << 20  # numbers looked at in one go: bounds the memory of a check
 
 
@@ -71,7 +73,7 @@ class Layout:
 
     @cached_property
     def header(self) -> bytes:
-        """The file's first bytes: length, JSON, spaces up to a multiple of eight; as the safetensors library writes it."""
+        """The first bytes: length, JSON, spaces up to a multiple of eight; as the safetensors library writes them."""
         entries, offset = {}, 0
         for name, shape in self.shapes.items():
             end = offset + self._size_of(shape)
@@ -91,7 +93,7 @@ class Layout:
         return len(self.header) + sum(self._size_of(shape) for shape in self.shapes.values())
 
     def _size_of(self, shape: tuple[int, ...]) -> int:
-        return int(np.prod(shape, dtype=np.int64)) * _NUMPY[self.dtype].itemsize
+        return math.prod(shape) * _NUMPY[self.dtype].itemsize
 
 
 def name_of_lora_A(module: str) -> str:
@@ -105,12 +107,10 @@ def name_of_lora_B(module: str) -> str:
 
 
 def encode(adapter: Adapter, dtype: WireDtype = WireDtype.FLOAT32) -> bytes:
-    """The canonical bytes of an adapter."""
+    """The canonical bytes of an adapter. Raises NotFinite, also for a number that the dtype cannot hold."""
     layout = Layout(adapter.spec, adapter.rank, dtype)
     arrays = _by_wire_name(adapter)
-    return b"".join(
-        [layout.header, *(arrays[name].astype(_NUMPY[dtype], order="C").tobytes() for name in layout.shapes)]
-    )
+    return b"".join([layout.header, *(_to_wire(arrays[name], dtype, name) for name in layout.shapes)])
 
 
 def decode(content: bytes | memoryview, layout: Layout, whose: str) -> Adapter:
@@ -129,20 +129,19 @@ def check_file(path: Path, layout: Layout, whose: str) -> None:
     """Everything decode checks, in bounded memory. Raises the same errors."""
     with path.open("rb") as file:
         check_header(file.read(_start_bytes(layout)), path.stat().st_size, layout, whose)
-    content = np.memmap(path, dtype=np.uint8, mode="r")
+    content = _mapped(path)
     for name in layout.shapes:
-        _check_finite(_raw(memoryview(content), layout, name), name, whose)
+        _check_finite(_raw(content, layout, name), name, whose)
 
 
 def read_module(path: Path, layout: Layout, module: str) -> Factors:
     """One module of a file that was checked when it was stored; the rest of the file is not read."""
-    content = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
-    return _factors(content, layout, module, whose=path.name)
+    return _factors(_mapped(path), layout, module, whose=path.name)
 
 
 def read_tensor(path: Path, layout: Layout, name: str) -> Array:
     """One tensor outside LoRA of a checked file."""
-    return _array(memoryview(np.memmap(path, dtype=np.uint8, mode="r")), layout, name, whose=path.name)
+    return _array(_mapped(path), layout, name, whose=path.name)
 
 
 def digest_of(content: bytes | memoryview) -> str:
@@ -151,18 +150,29 @@ def digest_of(content: bytes | memoryview) -> str:
 
 
 def check_header(start: bytes, size_bytes: int, layout: Layout, whose: str) -> None:
-    """Raises AdapterMismatch or WrongSize unless a file of this length that starts so has exactly this layout."""
+    """Raises AdapterMismatch or WrongSize unless a file that starts so and is so long has exactly this layout."""
     if start[: len(layout.header)] != layout.header:
         raise AdapterMismatch(f"{whose}: {_difference(start, layout)}")
     if size_bytes != layout.size_bytes:
         raise WrongSize(
-            f"{whose}: {size_bytes} bytes, but rank {layout.rank} in {layout.dtype} is exactly {layout.size_bytes}"
+            f"{whose}: {size_bytes} bytes, but rank {layout.rank} in {layout.dtype} has {layout.size_bytes}"
         )
 
 
 def _start_bytes(layout: Layout) -> int:
     # Room for a header that differs, so that the message can say how; still bounded.
     return 2 * len(layout.header) + 4096
+
+
+def _mapped(path: Path) -> memoryview:
+    return np.memmap(path, dtype=np.uint8, mode="r").data
+
+
+def _to_wire(array: Array, dtype: WireDtype, name: str) -> bytes:
+    with np.errstate(over="ignore"):
+        raw = array.astype(_NUMPY[dtype], order="C")
+    _check_finite(raw.reshape(-1), name, whose=f"adapter to be sent in {dtype}")
+    return raw.tobytes()
 
 
 def _by_wire_name(adapter: Adapter) -> dict[str, Array]:
@@ -187,7 +197,7 @@ def _array(content: memoryview, layout: Layout, name: str, whose: str) -> Array:
 
 
 def _raw(content: memoryview, layout: Layout, name: str) -> np.ndarray[Any, np.dtype[Any]]:
-    count = int(np.prod(layout.shapes[name], dtype=np.int64))
+    count = math.prod(layout.shapes[name])
     return np.frombuffer(content, dtype=_NUMPY[layout.dtype], count=count, offset=layout.offsets[name])
 
 
@@ -203,16 +213,22 @@ def _difference(start: bytes, layout: Layout) -> str:
     """A sentence on how a header that is not the expected one differs from it."""
     try:
         found = _parse_header(start)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         return f"not a safetensors header of {len(layout.shapes)} tensors; the file is truncated or damaged"
     missing, extra = sorted(layout.shapes.keys() - found.keys()), sorted(found.keys() - layout.shapes.keys())
     if missing or extra:
-        return f"tensor names differ: missing {missing[:3] or 'none'}, unexpected {extra[:3] or 'none'}"
+        return f"tensor names differ: missing {_brief(missing)}, unexpected {_brief(extra)}"
     for name, shape in layout.shapes.items():
         expected = (_SAFETENSORS[layout.dtype], list(shape))
         if found[name] != expected:
-            return f"{name} is {found[name][0]} {found[name][1]}, expected {expected[0]} {expected[1]}"
+            return f"{name} is {_brief(found[name])}, expected {_brief(expected)}"
     return "the header is not in canonical form (names sorted, no gaps, no metadata)"
+
+
+def _brief(found: object) -> str:
+    # What a peer wrote is quoted, and cut: it may be megabytes, or no text at all.
+    text = repr(found[:3]) if isinstance(found, list) else repr(found)
+    return text if len(text) <= _QUOTE_CHARS else f"{text[:_QUOTE_CHARS]}..."
 
 
 def _parse_header(start: bytes) -> dict[str, tuple[str, list[int]]]:

@@ -10,7 +10,8 @@
         WrongRank                 wrong_rank             a rank that the client was not granted
       BaseModelMismatch           base_model_mismatch    another base model than the federation's
       SpecMismatch                spec_mismatch          other modules or shapes than the manifest's
-      UnknownClient               unknown_client         the client never joined, left or was evicted
+      UnknownClient               unknown_client         the client never joined, or has left
+      Evicted                     evicted                an operator shut the client out
       IdentityConflict            identity_conflict      another worker already goes by this name
       UnknownTask                 unknown_task           no such task or lease in the open round
       StaleSlice                  stale_slice            trained from another slice than was handed out
@@ -19,10 +20,13 @@
       UnknownBlob                 unknown_blob           these bytes were never uploaded or are gone
       WrongOffset                 wrong_offset           an upload continues at the wrong byte
       CorruptTransfer             corrupt_transfer       bytes arrived, but not those that were announced
+      UploadTakenOver             upload_taken_over      a newer stream of this client carries the upload on
       TooBusy                     too_busy               a limit is reached; try again later
       NothingPublished            nothing_published      there is no adapter yet
       Unavailable                 unavailable            the other side cannot be reached
       CorruptStore                corrupt_store          a journal or blob is not what it was when written
+      JournalConflict             journal_conflict       another coordinator wrote to the same journal
+      StateInUse                  state_in_use           another coordinator holds the same state folder
 
 `code` is the name of the gRPC status; one interceptor turns the pair into a status, the client turns it back.
 A message says what was found, what was expected and whose it is.
@@ -98,10 +102,17 @@ class SpecMismatch(RafloraError):
 
 
 class UnknownClient(RafloraError):
-    """The client never joined, has left or was evicted; join (again)."""
+    """The client never joined or has left; join (again)."""
 
     code = "NOT_FOUND"
     reason = "unknown_client"
+
+
+class Evicted(RafloraError):
+    """An operator shut the client out; joining again is refused too."""
+
+    code = "PERMISSION_DENIED"
+    reason = "evicted"
 
 
 class IdentityConflict(RafloraError):
@@ -164,6 +175,13 @@ class CorruptTransfer(RafloraError):
     reason = "corrupt_transfer"
 
 
+class UploadTakenOver(RafloraError):
+    """A newer stream of the same client carries this upload on; this one must stop."""
+
+    code = "ABORTED"
+    reason = "upload_taken_over"
+
+
 class TooBusy(RafloraError):
     """A limit is reached; try again later."""
 
@@ -190,6 +208,20 @@ class CorruptStore(RafloraError):
 
     code = "DATA_LOSS"
     reason = "corrupt_store"
+
+
+class JournalConflict(RafloraError):
+    """The journal does not continue where this coordinator left it: another one writes to it; this one must end."""
+
+    code = "ABORTED"
+    reason = "journal_conflict"
+
+
+class StateInUse(RafloraError):
+    """Another coordinator holds the same state folder."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "state_in_use"
 
 
 def by_reason(reason: str) -> type[RafloraError]:

@@ -1,4 +1,4 @@
-"""Settings: one TOML file, overridden by the environment (RAFLORA__ROUNDS__QUORUM=3), then by --set rounds.quorum=3.
+"""Settings: one TOML file; the environment (RAFLORA__ROUNDS__QUORUM=3) overrides it, --set rounds.quorum=3 both.
 
 Read once at start into frozen pydantic models. The only place that looks at environment variables.
 """
@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from common.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "RAFLORA__"
+ADDRESS_VARIABLE = "RAFLORA_COORDINATOR"
+DEFAULT_ADDRESS = "127.0.0.1:7070"
 _SEPARATOR = "__"
 
 
@@ -52,6 +54,12 @@ def load_settings(
         raise ConfigError(_explain(error, str(path) if path else "settings", sources)) from None
 
 
+def coordinator_address(environ: Mapping[str, str] | None = None) -> str:
+    """Where an observer looks for the coordinator when the command line does not say."""
+    environment = os.environ if environ is None else environ
+    return environment.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -84,7 +92,14 @@ def _value_of(text: str) -> Any:
 def _explain(error: ValidationError, where: str, sources: Mapping[str, str]) -> str:
     lines = []
     for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
+        keys = [str(part) for part in problem["loc"]]
+        key = ".".join(keys) or "(whole file)"
         found = "" if problem["type"] in {"missing", "extra_forbidden"} else f", found {problem['input']!r:.80}"
-        lines.append(f"{sources.get(key, where)}: {key}: {problem['msg']}{found}")
+        lines.append(f"{_source_of(keys, sources) or where}: {key}: {problem['msg']}{found}")
     return "\n".join(lines)
+
+
+def _source_of(keys: list[str], sources: Mapping[str, str]) -> str:
+    """Who set this key or, by setting a whole list or section, one around it; empty: the file."""
+    around = (".".join(keys[:length]) for length in range(len(keys), 0, -1))
+    return next((sources[key] for key in around if key in sources), "")

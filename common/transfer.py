@@ -7,6 +7,7 @@ The order is the promise: write, fsync, check the digest, rename, fsync the fold
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,8 @@ class PartFile:
         self._written = self._synced = self._file.seek(0, os.SEEK_END)
         if self._written > expected.size_bytes:
             self._restart()
+        elif self._written:
+            self.sync()  # the attempt before may have ended between a write and its fsync
 
     @property
     def committed_bytes(self) -> int:
@@ -69,6 +72,7 @@ class PartFile:
     def append(self, offset: int, data: bytes) -> None:
         """Writes the next chunk. Raises WrongOffset or WrongSize, and writes nothing then."""
         if offset != self._written:
+            self.sync()  # so that the offset in the answer is the one that is taken next
             raise WrongOffset(
                 f"{self._expected.whose}: chunk at byte {offset}, expected {self._written}",
                 committed_bytes=self._synced,
@@ -125,7 +129,8 @@ class PartFile:
 def write_durably(path: Path, content: bytes) -> None:
     """Writes a whole file so that after a crash it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    # Two threads or processes may write the same content-addressed file at once.
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     with part.open("wb") as file:
         file.write(content)
         file.flush()

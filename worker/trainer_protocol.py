@@ -129,9 +129,38 @@ def to_line(message: Request | Answer) -> bytes:
 def request_from_line(line: bytes) -> Request:
     """The agent's message. Raises InvalidRequest if it is none."""
     content = _content_of(line)
-    match content.pop("kind"):
+    try:
+        return _request(content.pop("kind"), content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidRequest(f"trainer: a request with other fields than expected: {error}") from None
+
+
+def answer_from_line(line: bytes) -> Answer:
+    """The trainer's message. Raises InvalidRequest if it is none."""
+    content = _content_of(line)
+    try:
+        return _answer(content.pop("kind"), content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidRequest(f"trainer: an answer with other fields than expected: {error}") from None
+
+
+def _content_of(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE_BYTES:
+        raise InvalidRequest(f"trainer: a line of {len(line)} bytes; at most {MAX_LINE_BYTES} are read")
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("trainer: a line that is not JSON") from None
+    if not isinstance(content, dict) or "kind" not in content:
+        raise InvalidRequest("trainer: a line that is no message")
+    return content
+
+
+def _request(kind: object, content: dict[str, Any]) -> Request:
+    match kind:
         case "Load":
-            order = {key: tuple(v) if isinstance(v, list) else v for key, v in content.pop("order").items()}
+            fields = content.pop("order").items()
+            order: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields}
             return Load(order=ModelOrder(**order), **content)
         case "Train":
             return Train(plan=Plan(**content.pop("plan")), **content)
@@ -141,10 +170,8 @@ def request_from_line(line: bytes) -> Request:
             raise InvalidRequest(f"trainer: unknown request {other!r}")
 
 
-def answer_from_line(line: bytes) -> Answer:
-    """The trainer's message. Raises InvalidRequest if it is none."""
-    content = _content_of(line)
-    match content.pop("kind"):
+def _answer(kind: object, content: dict[str, Any]) -> Answer:
+    match kind:
         case "Loaded":
             modules = tuple((name, out, into) for name, out, into in content.pop("modules"))
             tensors = tuple((name, tuple(shape)) for name, shape in content.pop("tensors"))
@@ -159,12 +186,3 @@ def answer_from_line(line: bytes) -> Answer:
             return Failed(**content)
         case other:
             raise InvalidRequest(f"trainer: unknown answer {other!r}")
-
-
-def _content_of(line: bytes) -> dict[str, Any]:
-    if len(line) > MAX_LINE_BYTES:
-        raise InvalidRequest(f"trainer: a line of {len(line)} bytes; at most {MAX_LINE_BYTES} are read")
-    content = json.loads(line)
-    if not isinstance(content, dict) or "kind" not in content:
-        raise InvalidRequest("trainer: a line that is no message")
-    return content

@@ -1,0 +1,58 @@
+# The targets that people and CI call. `make` alone lists them; nothing but python3, make and git is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# protoc finds its plug-in on the PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check test demo bench proto docs compose-test clean
+
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## make .venv with everything that is needed here (again only after a change of the pins)
+
+# torch comes first and pinned: a loose requirement would let pip look at several builds of gigabytes each.
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Install Python 3.11 or newer, or name one: make setup PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.11 or newer is needed. Name one: make setup PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "Making $(VENV) and installing into it (some minutes the first time)."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) --upgrade pip
+	@$(PIP_INSTALL) torch
+	@$(PIP_INSTALL) --editable '.[demo]' --group dev
+	@touch $@
+
+check: setup  ## formatting, lint, types, generated code, import table, docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict
+	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_wire.py tests/test_generated_code.py tests/test_docs.py
+	$(BIN)/python docs/generate.py --check
+
+test: setup  ## every test that needs no GPU and no Docker
+	$(BIN)/python -m pytest
+
+demo: setup  ## a real federation of five workers on this machine, about two minutes
+	$(BIN)/raflora demo
+
+bench: setup  ## the benchmarks, one after the other
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+proto: setup  ## generate the protobuf code anew after a change of a .proto file
+	$(BIN)/python proto/generate.py
+
+docs: setup  ## write the generated pages of docs/ anew
+	$(BIN)/python docs/generate.py
+
+compose-test:  ## build the images and run a federation of containers (needs Docker)
+	tests/compose/run.sh
+
+clean:  ## remove .venv, caches and what runs left behind
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,43 @@
+"""`raflora coordinator`: runs the coordinator of one federation until a signal."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from common.logs import set_up_logs
+from common.settings import load_settings
+from coordinator.config import CoordinatorConfig
+from coordinator.server import run_coordinator
+from worker.peft_format import write_peft_folder
+
+if TYPE_CHECKING:
+    from coordinator.service import PublishedAdapter
+
+
+async def coordinator(
+    *,
+    config: Annotated[
+        Path | None, Parameter(help="The settings file; `raflora config coordinator` lists the keys.")
+    ] = None,
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", help="KEY=VALUE overrides one key; repeatable.")] = (),
+) -> None:
+    """Opens rounds, hands out rank slices, merges what comes back; a restart goes on where it was."""
+    settings = load_settings(CoordinatorConfig, config, overrides=set_)
+    set_up_logs(settings.log_format, settings.log_level, role="coordinator", federation=settings.name)
+    on_published = partial(_export, settings.export_dir) if settings.export_dir else None
+    await run_coordinator(settings, on_published=on_published)
+
+
+def _export(folder: Path, published: "PublishedAdapter") -> None:
+    """The newest adapter as a stock PEFT folder, in place of the one before."""
+    manifest = published.manifest
+    write_peft_folder(
+        folder,
+        published.adapter,
+        scaling=1.0,
+        base_model=manifest.model.base_model,
+        task=manifest.model.task,
+        modules_to_save=manifest.adapter.modules_to_save,
+    )

@@ -1,0 +1,73 @@
+"""`raflora spec`: what a federation must know of a base model, as JSON. Runs where torch is."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from cli.errors import Failed
+from common.adapter import AdapterSpec
+from common.errors import RafloraError
+from worker.config import ModelConfig
+from worker.trainer_protocol import ModelOrder
+
+_SEED = 0  # shapes do not depend on it
+
+
+def spec(
+    model: str,
+    /,
+    *,
+    target_modules: Annotated[tuple[str, ...], Parameter(consume_multiple=True)],
+    task: str,
+    modules_to_save: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    labels: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    revision: str | None = None,
+    offline: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Describes MODEL (a local folder or a hub id): the digest of its weights, adapted modules, shapes.
+
+    The coordinator's settings take the file, so that no worker has to be trusted with it. Give --labels if the
+    head is trained (--modules-to-save): their number decides its shape.
+    """
+    if find_spec("torch") is None or find_spec("peft") is None:
+        raise Failed('`raflora spec` needs torch and peft; install them with: pip install "raflora[worker]"')
+    from worker.model import describe_model  # noqa: PLC0415 - torch takes seconds and may not be installed
+
+    order = ModelOrder(
+        task=task,
+        labels=labels,
+        target_modules=target_modules,
+        modules_to_save=modules_to_save,
+        lora_rank=1,
+        seed=_SEED,
+    )
+    config = ModelConfig(path=model, revision=revision, device="cpu", offline=offline)
+    try:
+        described, digest = describe_model(config, order)
+    except RafloraError as error:
+        raise Failed(str(error)) from None
+    text = spec_json(described, digest)
+    if out is None:
+        print(text)
+    else:
+        out.write_text(text + "\n", encoding="utf-8")
+        print(f"{out}: {len(described.modules)} modules, {len(described.tensors)} tensors, digest {digest}")
+
+
+def spec_json(described: AdapterSpec, base_model_digest: str) -> str:
+    """The file's content: base_model_digest, modules by name with both sizes, tensors by name with their shape."""
+    return json.dumps(
+        {
+            "base_model_digest": base_model_digest,
+            "modules": [
+                {"name": m.name, "out_features": m.out_features, "in_features": m.in_features}
+                for m in described.modules
+            ],
+            "tensors": [{"name": t.name, "shape": list(t.shape)} for t in described.tensors],
+        },
+        indent=2,
+    )

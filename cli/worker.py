@@ -1,0 +1,19 @@
+"""`raflora worker`: runs one worker of one site until the federation is finished."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from common.settings import load_settings
+from worker.config import WorkerConfig
+from worker.run import run_worker
+
+
+async def worker(
+    *,
+    config: Annotated[Path | None, Parameter(help="The settings file; `raflora config worker` lists the keys.")] = None,
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", help="KEY=VALUE overrides one key; repeatable.")] = (),
+) -> None:
+    """Trains this site's data at this site's rank, for the coordinator that the settings name."""
+    await run_worker(load_settings(WorkerConfig, config, overrides=set_))

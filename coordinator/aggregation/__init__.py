@@ -1,0 +1,1 @@
+"""How trained factors become the next global adapter, and what can be said about its ranks."""

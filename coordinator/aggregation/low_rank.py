@@ -1,0 +1,103 @@
+"""The truncated SVD of a product of tall factors, without the product.
+
+With m x n the layer and R the number of stacked directions, the largest matrix made here is the core of
+min(m, R) x min(n, R): never larger than the stacks themselves, and no m x n matrix while R is below m or n.
+Everything is float64. Nothing here knows clients, weights or files.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import AdapterMismatch
+
+Matrix = NDArray[np.float64]
+
+_INDEPENDENT = 1e-6  # the least part of a reserve row outside all others; orthonormal rows are far above it
+_ROUNDOFF = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A product `left @ right` in the form in which the global adapter is kept."""
+
+    left: Matrix  # [m, rank], U S: orthogonal columns of descending norm, exactly zero where nothing is left
+    right: Matrix  # [rank, n], V^T: orthonormal rows, the dead directions' included
+    energy_lost: float  # sum of the squared singular values beyond the rank
+
+
+def truncate_product(left: Matrix, right: Matrix, reserve: Matrix) -> LowRank:
+    """The best approximation of `left @ right` of rank len(reserve).
+
+    `left` is [m, R], `right` [R, n], both of any R. `reserve` ([rank, n], orthonormal rows) gives the row
+    space of the directions that the product leaves empty. The same input gives the same bits on one BLAS
+    thread. Raises AdapterMismatch if rows of `reserve` are needed and dependent.
+    """
+    rank = len(reserve)
+    used = left.any(axis=0)
+    left, right = left[:, used], right[used]
+    left_basis, left_core = _compress(left)
+    right_basis, right_core = _compress(right.T)
+    U, sigma, Vt = np.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    sigma = sigma[sigma > _noise_of(left, right)]
+    live = min(rank, len(sigma))
+
+    rows = _lift(right_basis, Vt[:live].T).T
+    rows = np.vstack([rows, _complete(rows, reserve)])
+    signs = _signs(rows)
+    columns = np.zeros((left.shape[0], rank))
+    columns[:, :live] = _lift(left_basis, U[:, :live] * sigma[:live])
+    return LowRank(columns * signs, rows * signs[:, None], float(np.sum(sigma[live:] ** 2)))
+
+
+def _compress(stack: Matrix) -> tuple[Matrix | None, Matrix]:
+    """Stack = basis @ core with orthonormal columns in basis; None is the identity, where a QR saves nothing."""
+    if stack.shape[1] >= stack.shape[0]:
+        return None, stack
+    basis, core = np.linalg.qr(stack)
+    return basis, core
+
+
+def _lift(basis: Matrix | None, vectors: Matrix) -> Matrix:
+    return vectors if basis is None else basis @ vectors
+
+
+def _noise_of(left: Matrix, right: Matrix) -> float:
+    # QR and SVD err column by column, so the rounding error of the product is bounded by the sum of the
+    # norms of its terms, not by its own norm: updates that cancel leave noise, and noise is not a direction.
+    terms = np.linalg.norm(left, axis=0) * np.linalg.norm(right, axis=1)
+    return float(max(left.shape[0], right.shape[1]) * _ROUNDOFF * terms.sum())
+
+
+def _complete(rows: Matrix, reserve: Matrix) -> Matrix:
+    """As many further orthonormal rows as `reserve` has more than `rows`, out of its row space.
+
+    Gram-Schmidt that takes the reserve row with the largest part outside what is there. With orthonormal
+    reserve rows and j rows to go, those parts have squares that sum to at least j, so none taken is tiny.
+    """
+    missing = len(reserve) - len(rows)
+    outside = _without(rows, _without(rows, reserve))
+    taken: list[Matrix] = []
+    for _ in range(missing):
+        # Rounded, so that of equal parts the first is taken: rows that nothing touched keep their order.
+        best = int(np.argmax(np.round(np.linalg.norm(outside, axis=1), 6)))
+        basis = np.vstack([rows, *taken])
+        row = _without(basis, outside[best : best + 1])
+        norm = float(np.linalg.norm(row))
+        if norm < _INDEPENDENT:
+            raise AdapterMismatch("the previous lora_A has dependent rows; a global adapter's are orthonormal")
+        taken.append(row / norm)
+        outside = _without(taken[-1], outside)
+    return np.vstack([np.zeros((0, rows.shape[1])), *taken])
+
+
+def _without(basis: Matrix, rows: Matrix) -> Matrix:
+    outside: Matrix = rows - (rows @ basis.T) @ basis
+    return outside
+
+
+def _signs(rows: Matrix) -> Matrix:
+    """The sign rule: the largest entry of each row is positive, the first one if several are largest."""
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)[:, 0]
+    return np.where(largest < 0.0, -1.0, 1.0)

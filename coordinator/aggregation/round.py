@@ -1,0 +1,184 @@
+"""One round's aggregation: checked files or adapters in, the next global adapter and its report out.
+
+The result is a function of its input alone: not of the order of arrival, of the number of processes or of
+what maps the modules. One module's factors are in memory at a time and process. Nothing here writes or waits.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from common.adapter import Adapter, AdapterSpec, Array, Factors, effective
+from common.codec import Layout, WireDtype, read_module, read_tensor
+from common.errors import AdapterMismatch, InvalidRequest, NotFinite
+from coordinator.aggregation.method import Merged, MethodOptions, make_method
+from coordinator.aggregation.report import Participation, RoundReport, report_round
+
+_LAYOUTS_KEPT = 64  # more distinct ranks than a federation has; bounds the cache
+_T = TypeVar("_T")
+
+
+class Run(Protocol):
+    """What map does, in this process or in others: the results in the order of the names."""
+
+    def __call__(self, function: Callable[[str], _T], names: Sequence[str], /) -> Iterable[_T]:
+        """Apply the function to every name."""
+
+
+@dataclass(frozen=True)
+class AggregationInput:
+    """One accepted update, as it lies in the store: checked against its layout when it arrived."""
+
+    client_id: str
+    path: Path
+    rank: int
+    scaling: float  # what the client multiplied lora_B lora_A by
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class AggregationJob:
+    """Everything that a round's aggregation depends on; picklable."""
+
+    spec: AdapterSpec
+    wire_dtype: WireDtype  # of the inputs
+    global_rank: int
+    previous: Path  # the global adapter that the round started from, in float32
+    inputs: tuple[AggregationInput, ...]  # kept sorted by client id
+    options: MethodOptions
+    levels: tuple[int, ...]  # the distinct ranks in the federation; for the report only
+
+    def __post_init__(self) -> None:
+        inputs = tuple(sorted(self.inputs, key=lambda entry: entry.client_id))
+        _check_ids([entry.client_id for entry in inputs])
+        object.__setattr__(self, "inputs", inputs)
+
+
+@dataclass(frozen=True)
+class EffectiveUpdate:
+    """One client's trained adapter in memory, its scaling folded in (common.adapter.effective)."""
+
+    client_id: str
+    adapter: Adapter
+    num_examples: int
+
+
+def aggregate(job: AggregationJob, run: Run = map) -> tuple[Adapter, RoundReport]:
+    """The next global adapter, module by module through `run` (map, or a pool's map), and the report on it.
+
+    Raises what a method raises; NotFinite names the module and the client with the largest update.
+    """
+    make_method(job.options)  # A wrong name is told here, not by a pool.
+    names = [module.name for module in job.spec.modules]
+    tensor_names = [tensor.name for tensor in job.spec.tensors]
+    with threadpool_limits(limits=1):
+        merged = dict(zip(names, run(partial(_merge_stored, job), names), strict=True))
+        tensors = dict(zip(tensor_names, run(partial(_average_stored, job), tensor_names), strict=True))
+    ranks, num_examples = zip(*((entry.rank, entry.num_examples) for entry in job.inputs), strict=True)
+    return _assemble(merged, tensors, Participation(ranks, num_examples, job.levels))
+
+
+def aggregate_adapters(
+    previous: Adapter, updates: Sequence[EffectiveUpdate], options: MethodOptions, levels: Sequence[int] = ()
+) -> tuple[Adapter, RoundReport]:
+    """The same for adapters in memory: equal input gives equal bytes. `levels` as in AggregationJob."""
+    updates = sorted(updates, key=lambda update: update.client_id)
+    clients = [update.client_id for update in updates]
+    num_examples = tuple(update.num_examples for update in updates)
+    _check_ids(clients)
+    for update in updates:
+        if update.adapter.spec != previous.spec:
+            raise AdapterMismatch(f"{update.client_id}: other modules or tensors than the global adapter's")
+    with threadpool_limits(limits=1):
+        merged = {}
+        for name, factors in previous.modules.items():
+            theirs = [update.adapter.modules[name] for update in updates]
+            merged[name] = _merge(options, name, factors, dict(zip(clients, theirs, strict=True)), num_examples)
+        tensors = {
+            name: _average((update.adapter.tensors[name] for update in updates), num_examples)
+            for name in previous.tensors
+        }
+    ranks = tuple(update.adapter.rank for update in updates)
+    return _assemble(merged, tensors, Participation(ranks, num_examples, tuple(levels)))
+
+
+def initialise_pool() -> None:
+    """The initializer of a process pool for `run`: one BLAS thread, since bits can depend on their number."""
+    threadpool_limits(limits=1)
+
+
+def _merge_stored(job: AggregationJob, name: str) -> Merged:
+    """One module of a job; the only part of the files that is read."""
+    previous = read_module(job.previous, _layout(job.spec, job.global_rank, WireDtype.FLOAT32), name)
+    layouts = {rank: _layout(job.spec, rank, job.wire_dtype) for rank in {entry.rank for entry in job.inputs}}
+    updates = {
+        entry.client_id: _effective(entry, name, read_module(entry.path, layouts[entry.rank], name))
+        for entry in job.inputs
+    }
+    return _merge(job.options, name, previous, updates, [entry.num_examples for entry in job.inputs])
+
+
+def _average_stored(job: AggregationJob, name: str) -> Array:
+    layouts = {rank: _layout(job.spec, rank, job.wire_dtype) for rank in {entry.rank for entry in job.inputs}}
+    values = (read_tensor(entry.path, layouts[entry.rank], name) for entry in job.inputs)
+    return _average(values, [entry.num_examples for entry in job.inputs])
+
+
+@lru_cache(maxsize=_LAYOUTS_KEPT)
+def _layout(spec: AdapterSpec, rank: int, dtype: WireDtype) -> Layout:
+    # A layout computes the whole file's header once; a module's task must not compute it anew.
+    return Layout(spec, rank, dtype)
+
+
+def _effective(entry: AggregationInput, name: str, factors: Factors) -> Factors:
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = effective(Adapter({name: factors}, {}), scaling=entry.scaling).modules[name]
+    if not np.isfinite(scaled.lora_B).all():
+        raise NotFinite(f"{entry.client_id}: {name}.lora_B times its scaling {entry.scaling} is beyond float32")
+    return scaled
+
+
+def _merge(
+    options: MethodOptions,
+    name: str,
+    previous: Factors,
+    updates: dict[str, Factors],
+    num_examples: Sequence[int],
+) -> Merged:
+    try:
+        return make_method(options)(previous, list(updates.values()), num_examples)
+    except NotFinite as error:
+        largest = max(updates, key=lambda client_id: _size_of(updates[client_id]))
+        raise NotFinite(f"{name}: {error}; the largest update is {largest}'s") from error
+
+
+def _size_of(factors: Factors) -> float:
+    norms = [np.linalg.norm(matrix.astype(np.float64)) for matrix in (factors.lora_A, factors.lora_B)]
+    return float(norms[0] * norms[1])
+
+
+def _average(values: Iterable[Array], num_examples: Sequence[int]) -> Array:
+    """The mean weighted by num_examples, added in float64 in the clients' order, one array at a time."""
+    total = sum(num_examples)
+    mean = sum(value.astype(np.float64) * (n / total) for value, n in zip(values, num_examples, strict=True))
+    return np.asarray(mean).astype(np.float32)
+
+
+def _assemble(
+    merged: dict[str, Merged], tensors: dict[str, Array], participation: Participation
+) -> tuple[Adapter, RoundReport]:
+    adapter = Adapter({name: module.factors for name, module in merged.items()}, tensors)
+    energy_lost = sum(module.energy_lost for module in merged.values())
+    return adapter, report_round(adapter, energy_lost, participation)
+
+
+def _check_ids(client_ids: Sequence[str]) -> None:
+    if not client_ids:
+        raise InvalidRequest("aggregation: no updates; a round without any keeps its adapter and is not aggregated")
+    if len(set(client_ids)) != len(client_ids):
+        raise InvalidRequest("aggregation: a client has two updates in one round; one each is expected")

@@ -1,0 +1,206 @@
+"""What the operator decides: `raflora coordinator --config federation.toml`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.codec import WireDtype
+from common.logs import LogFormat
+from common.settings import Section
+from coordinator.federation.state import RankPolicy
+
+Rank = Annotated[int, Field(ge=1, le=4096)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class TlsConfig(Section):
+    """Files in PEM form."""
+
+    certificate_file: Path
+    """The coordinator's certificate."""
+    key_file: Path
+    """Its key."""
+    ca_file: Path | None = None
+    """If set, every client must show a certificate of this authority."""
+
+
+class ServerConfig(Section):
+    """Where the coordinator listens; the only port that anybody must open."""
+
+    listen: str = "127.0.0.1:7070"
+    """HOST:PORT; port 0 takes a free one."""
+    insecure: bool = False
+    """Speak in the clear on an address that others can reach (a private network, a tunnel)."""
+    tls: TlsConfig | None = None
+    """Unset on loopback: in the clear."""
+    reflection: bool = True
+    """Let generic gRPC clients list and describe the services."""
+    max_uploads: int = Field(default=64, ge=1, le=10_000)
+    """Open uploads at one time; more are told to come back."""
+
+
+class BaseModelConfig(Section):
+    """The frozen model; it never passes through the coordinator."""
+
+    base_model: str
+    """Its name for people: a hub id, or what the folder is called."""
+    base_model_digest: str = Field(default="", pattern="^([0-9a-f]{64})?$")
+    """What `raflora spec` prints; empty: the first worker's, and all others must match it."""
+    task: Literal["sequence-classification", "image-classification"]
+    """What is trained."""
+    labels: tuple[str, ...] = Field(min_length=2)
+    """The classes' names, in the order of their numbers."""
+
+
+class AdapterConfig(Section):
+    """Which layers are adapted, and how LoRA is scaled."""
+
+    target_modules: tuple[str, ...] = Field(min_length=1)
+    """PEFT's target_modules: names or name endings; ["all-linear"] for every linear layer but the head."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole beside LoRA (a new classification head); averaged by num_examples."""
+    global_rank: Rank
+    """Of the global adapter: the largest rank that anybody trains."""
+    scaling: Literal["constant", "alpha_over_rank", "alpha_over_sqrt_rank"] = "constant"
+    """The factor before lora_B lora_A: lora_alpha for everybody alike, lora_alpha / rank, or rsLoRA's."""
+    lora_alpha: float = Field(default=1.0, gt=0)
+    """See scaling."""
+    wire_dtype: WireDtype = WireDtype.FLOAT32
+    """How factors travel; bfloat16 halves the bytes and costs about 1e-3 in the product."""
+    spec: Path | None = None
+    """What `raflora spec` wrote; unset: the first worker that joins says it."""
+
+
+class RoundsConfig(Section):
+    """When rounds open and close."""
+
+    num_rounds: int = Field(ge=1, le=100_000)
+    """The federation ends after so many."""
+    min_clients: int = Field(default=2, ge=1)
+    """No round opens with fewer active clients."""
+    fraction: Share = 1.0
+    """Of the active clients that a round invites; never fewer than min_clients."""
+    quorum: float = Field(default=1.0, gt=0)
+    """Updates that a round needs: a share of its cohort up to 1, a count above."""
+    round_deadline_seconds: float = Field(default=3600.0, gt=0)
+    """After it a round closes with its quorum; without one it is extended once, then opened anew."""
+    lease_ttl_seconds: float = Field(default=90.0, ge=1)
+    """A worker silent for so long counts as lost until it is heard again."""
+    evaluate_every: int = Field(default=1, ge=0)
+    """Rounds between evaluations of the global adapter by all clients; the last round always, 0 never."""
+    max_failures: int = Field(default=2, ge=1)
+    """Of one client in one round, then the round goes on without it."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Of one round, then the federation pauses and says why."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Everything random derives from it."""
+
+
+class RankRule(Section):
+    """One line of the rank table."""
+
+    client: str
+    """A client id; * and ? stand for anything."""
+    rank: Rank
+    """What it is granted."""
+
+
+class RanksConfig(Section):
+    """Who trains at which rank; never above what a client declares or the global rank."""
+
+    policy: RankPolicy = RankPolicy.DECLARED
+    """declared: the client's own; table: the first matching rule; cycle: levels in the order of joining."""
+    table: tuple[RankRule, ...] = ()
+    """For the policy table; who matches nothing gets what it declares."""
+    levels: tuple[Rank, ...] = ()
+    """For the policy cycle."""
+
+    @model_validator(mode="after")
+    def _policy_has_its_data(self) -> "RanksConfig":
+        if self.policy is RankPolicy.TABLE and not self.table:
+            raise ValueError("policy 'table' needs at least one [[ranks.table]] entry")
+        if self.policy is RankPolicy.CYCLE and not self.levels:
+            raise ValueError("policy 'cycle' needs levels, for example [2, 4, 8]")
+        return self
+
+
+class AggregationConfig(Section):
+    """How updates become the next adapter."""
+
+    method: str = "raflora"
+    """raflora, or flexlora: the rank-agnostic average, whose higher ranks collapse."""
+    weight_floor: float = Field(default=0.0, ge=0, le=1)
+    """raflora's tau: bounds what a lone owner of a rank partition can do; 0 is the paper."""
+    processes: int = Field(default=0, ge=0, le=256)
+    """Modules merged at one time, a process each; 0: inside the coordinator."""
+
+
+class TrainingConfig(Section):
+    """What every client is told to do in a round."""
+
+    learning_rate: float = Field(gt=0, le=10)
+    """Of the first round."""
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    """Over the rounds; within a round the rate is constant."""
+    final_fraction: float = Field(default=0.1, gt=0, le=1)
+    """Of the learning rate, in the last round."""
+    local_steps: int = Field(default=0, ge=0)
+    """Optimizer steps a round; 0: local_epochs."""
+    local_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the local data a round."""
+    batch_size: int = Field(default=16, ge=1)
+    """Examples a step."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to it."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Of every round; the optimizer starts anew in each."""
+
+
+class StoreConfig(Section):
+    """What lies on disk."""
+
+    journal: str = ""
+    """A SQLAlchemy URL; empty: SQLite in state_dir."""
+    keep_rounds: int = Field(default=5, ge=1)
+    """Adapters of older rounds are deleted."""
+
+
+class CoordinatorConfig(Section):
+    """One federation: `raflora coordinator --config federation.toml`."""
+
+    name: str = Field(default="federation", min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")
+    """Of the federation."""
+    state_dir: Path = Path("coordinator-state")
+    """Journal and blobs; a restart goes on from here."""
+    export_dir: Path | None = None
+    """The newest adapter as a PEFT folder, renewed after every round."""
+    log_format: LogFormat = "text"
+    """text or json."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is worth a line."""
+    server: ServerConfig = ServerConfig()
+    model: BaseModelConfig
+    adapter: AdapterConfig
+    rounds: RoundsConfig
+    ranks: RanksConfig = RanksConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    training: TrainingConfig
+    store: StoreConfig = StoreConfig()
+
+    @model_validator(mode="after")
+    def _numbers_fit_together(self) -> "CoordinatorConfig":
+        rounds = self.rounds
+        if rounds.quorum > 1 and rounds.quorum != int(rounds.quorum):
+            raise ValueError(f"rounds.quorum {rounds.quorum}: a share up to 1, or a whole number of updates")
+        if rounds.quorum > max(1, rounds.min_clients):
+            raise ValueError(
+                f"rounds.quorum {rounds.quorum:g} is above rounds.min_clients {rounds.min_clients}: "
+                "a small cohort could never reach it"
+            )
+        beyond = [rank for rank in self.ranks.levels if rank > self.adapter.global_rank]
+        if beyond:
+            raise ValueError(f"ranks.levels {beyond} are above adapter.global_rank {self.adapter.global_rank}")
+        return self

@@ -1,0 +1,202 @@
+"""The engine: the one task that owns the federation's state.
+
+Requests come through a bounded queue. For each batch: step, append the events to the journal, adopt the state, carry
+out the commands, and only then answer. There is no lock, because there is no second owner.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import structlog
+
+from common.errors import JournalConflict, RafloraError
+from coordinator.clock import FederationClock
+from coordinator.federation.due import next_deadline
+from coordinator.federation.events import Event, evolve
+from coordinator.federation.requests import NoteSilence, Request, Tick
+from coordinator.federation.state import Membership, State
+from coordinator.federation.step import Command, Transition, pending, step
+from coordinator.stores.event_codec import entry_of, event_of, snapshot_of, state_of
+from coordinator.stores.journal import Journal
+
+MAX_QUEUE = 1024
+MAX_BATCH = 64  # requests that share one commit
+SNAPSHOT_EVERY = 500  # events; bounds the replay at start
+_LONGEST_NAP_SECONDS = 5.0
+
+log = structlog.get_logger()
+
+
+@dataclass
+class _Waiting:
+    request: Request
+    answer: asyncio.Future[Transition] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Engine:
+    """A federation that runs. `run` is its task; everybody else calls `submit`."""
+
+    def __init__(
+        self,
+        federation: str,
+        journal: Journal,
+        carry_out: Callable[[Command], None],
+        clock: Callable[[float], FederationClock] = FederationClock,
+    ) -> None:
+        """Rebuilds the state from the journal. `carry_out` starts a command and returns at once."""
+        self._federation = federation
+        self._journal = journal
+        self._carry_out = carry_out
+        self.state, self._sequence, at = _replay(federation, journal)
+        self._clock = clock(at)
+        self._started_at = self._clock.now()
+        self._snapshot_at = self._sequence
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(MAX_QUEUE)
+        self._changed = asyncio.Condition()
+        self.version = 0  # of the state, for those who wait for a change
+        self._heard_at: dict[str, float] = {}
+
+    @property
+    def now(self) -> float:
+        """Federation seconds."""
+        return self._clock.now()
+
+    @property
+    def uptime_seconds(self) -> float:
+        """Of this process."""
+        return self.now - self._started_at
+
+    async def submit(self, request: Request) -> Transition:
+        """What became of the request, durable. Raises the typed error of a refused one."""
+        waiting = _Waiting(request)
+        await self._queue.put(waiting)
+        return await waiting.answer
+
+    async def wait_for_change(self, version: int, timeout_seconds: float) -> int:
+        """The version of the state as soon as it is another one, or the same after the timeout."""
+        async with self._changed:
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    await self._changed.wait_for(lambda: self.version != version)
+            except TimeoutError:
+                pass
+            return self.version
+
+    def hear(self, client_id: str) -> None:
+        """Notes a sign of life; volatile."""
+        self._heard_at[client_id] = self.now
+
+    def silent_seconds(self, client_id: str) -> float:
+        """Since the client was last heard by this process."""
+        return self.now - self._heard_at.get(client_id, self.now)
+
+    async def run(self) -> None:
+        """Until it is cancelled. Any error here is fatal: the state may only be what the journal says."""
+        for client in self.state.active_clients:
+            self._heard_at.setdefault(client.client_id, self.now)  # a restart is nobody's silence
+        for command in pending(self.state):
+            self._carry_out(command)
+        await self._take([_Waiting(Tick())])
+        try:
+            while True:
+                await self._take(await self._next_batch())
+        finally:
+            self._refuse_everybody()
+
+    async def _next_batch(self) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        try:
+            async with asyncio.timeout(self._nap_seconds()):
+                batch.append(await self._queue.get())
+        except TimeoutError:
+            batch.append(_Waiting(Tick()))
+        while len(batch) < MAX_BATCH and not self._queue.empty():
+            batch.append(self._queue.get_nowait())
+        batch += [_Waiting(silence) for silence in self._silences()]
+        return batch
+
+    def _nap_seconds(self) -> float:
+        deadline = next_deadline(self.state)
+        nap = _LONGEST_NAP_SECONDS if deadline is None else min(deadline - self.now, _LONGEST_NAP_SECONDS)
+        if self.state.rules is not None:
+            nap = min(nap, self.state.rules.lease_ttl_seconds / 4)
+        return max(nap, 0.01)
+
+    def _silences(self) -> Iterable[NoteSilence]:
+        rules = self.state.rules
+        if rules is None:
+            return
+        for client in self.state.clients.values():
+            silent = self.silent_seconds(client.client_id) if client.client_id in self._heard_at else None
+            if silent is None:
+                continue
+            if client.is_active and silent > rules.lease_ttl_seconds:
+                yield NoteSilence(client.client_id, is_lost=True)
+            elif client.membership is Membership.LOST and silent <= rules.lease_ttl_seconds:
+                yield NoteSilence(client.client_id, is_lost=False)
+
+    async def _take(self, batch: list[_Waiting]) -> None:
+        """Steps through a batch, commits it as one transaction and answers."""
+        before = state = self.state
+        events: list[Event] = []
+        answers: list[tuple[_Waiting, Transition]] = []
+        now = self.now
+        for waiting in batch:
+            try:
+                transition = step(state, waiting.request, now)
+            except RafloraError as error:
+                if not waiting.answer.done():
+                    waiting.answer.set_exception(error)
+                    waiting.answer.exception()  # a caller that has gone must not make a warning
+                continue
+            state = transition.state
+            events += transition.events
+            answers.append((waiting, transition))
+        if events:
+            await self._commit(events, state, now)
+        for waiting, transition in answers:
+            if not waiting.answer.done():
+                waiting.answer.set_result(transition)
+        for command in pending(state):
+            if command not in pending(before):
+                self._carry_out(command)
+
+    async def _commit(self, events: list[Event], state: State, now: float) -> None:
+        entries = [entry_of(event, self._sequence + 1 + i, now) for i, event in enumerate(events)]
+        try:
+            await asyncio.to_thread(self._journal.append, self._federation, entries)
+        except JournalConflict:
+            log.error("another coordinator writes to this journal; ending")
+            raise
+        self._sequence += len(entries)
+        self.state = state
+        for event in events:
+            log.debug("event", kind=type(event).__name__, sequence=self._sequence)
+        if self._sequence - self._snapshot_at >= SNAPSHOT_EVERY:
+            body = snapshot_of(state)
+            await asyncio.to_thread(self._journal.save_snapshot, self._federation, self._sequence, body)
+            self._snapshot_at = self._sequence
+        async with self._changed:
+            self.version += 1
+            self._changed.notify_all()
+
+    def _refuse_everybody(self) -> None:
+        while not self._queue.empty():
+            waiting = self._queue.get_nowait()
+            if not waiting.answer.done():
+                waiting.answer.cancel()
+
+
+def _replay(federation: str, journal: Journal) -> tuple[State, int, float]:
+    """State, sequence and federation time at the journal's end. Raises CorruptStore."""
+    state, sequence, at = State(), 0, 0.0
+    snapshot = journal.latest_snapshot(federation)
+    if snapshot is not None:
+        sequence, state = snapshot[0], state_of(snapshot[1])
+    for entry in journal.read(federation, after=max(0, sequence - 1)):
+        at = entry.at
+        if entry.sequence > sequence:
+            state = evolve(state, event_of(entry))
+            sequence = entry.sequence
+    return state, sequence, at

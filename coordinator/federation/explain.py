@@ -1,0 +1,46 @@
+"""Why nothing happens, in one sentence, for people."""
+
+from coordinator.federation.due import awaited
+from coordinator.federation.state import Kind, OpenRound, Phase, State
+
+
+def explain(state: State, now: float) -> str:
+    """What the federation waits for: "2 of 3 updates, quorum 2, deadline in 42 s; waiting for bob"."""
+    if state.phase is Phase.WAITING_FOR_SPEC:
+        return "waiting for the first worker to say which layers are adapted"
+    if state.phase is Phase.FINISHED:
+        return f"finished: {state.round} of {state.known_rules.num_rounds} rounds are published"
+    if state.open is None:
+        return _between_rounds(state)
+    if state.phase is Phase.AGGREGATING:
+        return f"round {state.open.number} is closed with {len(state.open.updates)} updates; aggregating"
+    return _in_round(state, state.open, now) + ("; paused after this round" if state.is_paused else "")
+
+
+def _between_rounds(state: State) -> str:
+    if state.is_paused:
+        why = f" because {state.pause_reason}" if state.pause_reason else ""
+        return f"paused before round {state.round + 1}{why}; `raflora resume` goes on"
+    here, needed = len(state.active_clients), state.known_rules.min_clients
+    return f"waiting for clients: {here} of {needed} are here"
+
+
+def _in_round(state: State, opened: OpenRound, now: float) -> str:
+    done = sum(a.is_done for a in opened.assignments)
+    total = len(opened.assignments)
+    left = max(0.0, opened.deadline_at - now)
+    missing = [a.client_id for a in awaited(state, opened)]
+    names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    waiting = f"; waiting for {names}" if missing else ""
+    if opened.kind is Kind.EVALUATE:
+        return f"evaluating round {opened.number}: {done} of {total} clients, at most {left:.0f} s more{waiting}"
+    quorum = state.known_rules.quorum_of(total)
+    extended = " (extended once)" if opened.is_extended else ""
+    absent = [a.client_id for a in opened.assignments if not a.is_done and a.is_failed]
+    absent += [
+        a.client_id
+        for a in opened.assignments
+        if not a.is_done and not a.is_failed and not state.clients[a.client_id].is_active
+    ]
+    lost = f"; lost or failed: {', '.join(absent[:3])}" if absent else ""
+    return f"{done} of {total} updates, quorum {quorum}, deadline in {left:.0f} s{extended}{waiting}{lost}"

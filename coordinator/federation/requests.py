@@ -1,0 +1,172 @@
+"""What somebody may ask of a federation; step.py decides what becomes of it.
+
+Workers ask the first six, operators the next six, the engine the last three.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeAlias
+
+from coordinator.federation.state import Evaluation, Profile, Rules, Update
+
+
+class Outcome(StrEnum):
+    """What became of a request that is normal life; what is wrong is an error."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"  # the same again; nothing changed
+    STALE = "stale"  # for a round that is over
+    SUPERSEDED = "superseded"  # a newer lease exists
+    ROUND_CLOSED = "round_closed"  # the input list is frozen
+
+
+@dataclass(frozen=True)
+class Join:
+    """A client wants a place, or brings a new profile."""
+
+    client_id: str
+    enrol_key: str
+    profile: Profile
+
+
+@dataclass(frozen=True)
+class Leave:
+    """A client says good-bye."""
+
+    client_id: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A client fetches its task; `slice_digest` is what it will be handed."""
+
+    client_id: str
+    number: int
+    attempt: int
+    slice_digest: str
+
+
+@dataclass(frozen=True)
+class SubmitUpdate:
+    """A client commits a checked upload."""
+
+    client_id: str
+    lease_token: int
+    number: int
+    attempt: int
+    slice_digest: str
+    update: Update
+
+
+@dataclass(frozen=True)
+class SubmitEvaluation:
+    """A client commits an evaluation."""
+
+    client_id: str
+    lease_token: int
+    number: int
+    attempt: int
+    slice_digest: str
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class Fail:
+    """A client gives its task back."""
+
+    client_id: str
+    lease_token: int
+    failure: str
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Open no further round."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on."""
+
+
+@dataclass(frozen=True)
+class CloseRound:
+    """Close the open round with what is here."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class AbortRound:
+    """Throw the open round's results away."""
+
+    number: int
+    reason: str = "aborted by the operator"
+
+
+@dataclass(frozen=True)
+class Evict:
+    """Shut a client out."""
+
+    client_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SetRank:
+    """Grant a rank from the next round on."""
+
+    client_id: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """The manifest is complete and the seeded adapter is durable."""
+
+    rules: Rules
+    manifest_digest: str
+    adapter_digest: str
+
+
+@dataclass(frozen=True)
+class NoteSilence:
+    """A client was silent for longer than its lease, or is heard again."""
+
+    client_id: str
+    is_lost: bool
+
+
+@dataclass(frozen=True)
+class Publish:
+    """The aggregation of the frozen inputs is durable."""
+
+    number: int
+    attempt: int
+    adapter_digest: str
+    report_json: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed; nothing else."""
+
+
+Request: TypeAlias = (
+    Join
+    | Leave
+    | Claim
+    | SubmitUpdate
+    | SubmitEvaluation
+    | Fail
+    | Pause
+    | Resume
+    | CloseRound
+    | AbortRound
+    | Evict
+    | SetRank
+    | Found
+    | NoteSilence
+    | Publish
+    | Tick
+)

@@ -1,0 +1,231 @@
+"""What the coordinator knows of a federation: frozen values, rebuilt by folding the journal.
+
+Times are seconds of the federation's own clock: it counts while a coordinator runs and stands still while none does,
+so a restart never eats a deadline.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from math import ceil
+
+
+class Phase(StrEnum):
+    """Where the federation stands."""
+
+    WAITING_FOR_SPEC = "waiting_for_spec"  # nobody has said yet which layers are adapted
+    WAITING_FOR_CLIENTS = "waiting_for_clients"  # too few clients are here to open a round
+    TRAINING = "training"
+    AGGREGATING = "aggregating"  # the round's input list is frozen
+    EVALUATING = "evaluating"
+    FINISHED = "finished"
+
+
+class Membership(StrEnum):
+    """How a client stands to the federation."""
+
+    ACTIVE = "active"
+    LOST = "lost"  # silent for longer than its lease; comes back with its next call
+    LEFT = "left"  # said good-bye; may join again
+    EVICTED = "evicted"  # by an operator; may not
+
+
+class RankPolicy(StrEnum):
+    """Who decides a client's LoRA rank; never above what the client declares or the global rank."""
+
+    DECLARED = "declared"  # the client's own max_rank
+    TABLE = "table"  # the operator's table of client-id patterns
+    CYCLE = "cycle"  # the operator's levels in the order of joining: unequal ranks for equal machines
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the operator decided about rounds and ranks; part of the manifest, never changed later."""
+
+    num_rounds: int
+    global_rank: int
+    seed: int
+    min_clients: int
+    fraction: float  # of the active clients that a round invites
+    quorum: float  # of the cohort: a share up to 1, or a count above
+    round_deadline_seconds: float
+    lease_ttl_seconds: float
+    evaluate_every: int  # rounds; 0: never
+    max_failures: int = 2  # of one client in one round
+    max_attempts: int = 3  # of one round, then the federation pauses itself
+    rank_policy: RankPolicy = RankPolicy.DECLARED
+    rank_table: tuple[tuple[str, int], ...] = ()  # (client-id pattern, rank), first match wins
+    rank_levels: tuple[int, ...] = ()
+
+    def quorum_of(self, cohort: int) -> int:
+        """How many updates a round of this cohort needs."""
+        wanted = ceil(self.quorum * cohort) if self.quorum <= 1 else int(self.quorum)
+        return max(1, min(wanted, cohort))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a client says it can do and holds."""
+
+    max_rank: int
+    num_examples: int
+    device: str = "cpu"
+    memory_bytes: int = 0
+    examples_per_second: float = 0.0
+    software_version: str = ""
+
+
+@dataclass(frozen=True)
+class Client:
+    """One participant."""
+
+    client_id: str
+    enrol_key: str
+    profile: Profile
+    rank: int  # granted; used from the next round on
+    order: int  # of joining, from 0
+    membership: Membership = Membership.ACTIVE
+    rank_is_set: bool = False  # by an operator: policies no longer touch it
+    rounds_contributed: int = 0
+    last_failure: str = ""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether rounds may count on it."""
+        return self.membership is Membership.ACTIVE
+
+
+class Kind(StrEnum):
+    """What a round asks of its cohort."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+
+
+@dataclass(frozen=True)
+class Update:
+    """An accepted upload; its bytes are a blob."""
+
+    digest: str
+    size_bytes: int
+    num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    training_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the published adapter does at one client's rank on its data."""
+
+    num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One client's part in the open round."""
+
+    client_id: str
+    rank: int
+    lease_token: int = 0  # 0: nobody has fetched it
+    slice_digest: str = ""
+    failures: int = 0
+    failure: str = ""
+    is_failed: bool = False
+    update: Update | None = None
+    evaluation: Evaluation | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its result is durable."""
+        return self.update is not None or self.evaluation is not None
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """The round in which tasks are handed out; its cohort, ranks and order never change."""
+
+    kind: Kind
+    number: int
+    attempt: int
+    opened_at: float
+    deadline_at: float
+    assignments: tuple[Assignment, ...]  # ordered by client id
+    is_extended: bool = False
+
+    def assignment_of(self, client_id: str) -> Assignment | None:
+        """The client's part, if it has one."""
+        return next((a for a in self.assignments if a.client_id == client_id), None)
+
+    def with_assignment(self, assignment: Assignment) -> "OpenRound":
+        """The same round with one part replaced."""
+        changed = tuple(assignment if a.client_id == assignment.client_id else a for a in self.assignments)
+        return replace(self, assignments=changed)
+
+    @property
+    def updates(self) -> tuple[Assignment, ...]:
+        """The parts that hold an accepted update."""
+        return tuple(a for a in self.assignments if a.update is not None)
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """An update that went into a published adapter."""
+
+    client_id: str
+    rank: int
+    update: Update
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A finished round; the report is the aggregation's, as JSON."""
+
+    number: int
+    attempts: int
+    adapter_digest: str
+    opened_at: float
+    closed_at: float
+    published_at: float
+    contributions: tuple[Contribution, ...]
+    report_json: str = "{}"
+    evaluations: tuple[tuple[str, int, Evaluation], ...] = ()  # client id, rank, result
+    evaluated_at: float | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that survives a restart."""
+
+    phase: Phase = Phase.WAITING_FOR_SPEC
+    rules: Rules | None = None
+    manifest_digest: str = ""
+    adapter_digest: str = ""  # of the newest published global adapter; round 0 is the seeded one
+    round: int = 0  # the newest published round
+    attempt: int = 0  # of the next or open round; 0: not opened yet
+    open: OpenRound | None = None
+    closed_at: float = 0.0
+    clients: Mapping[str, Client] = field(default_factory=dict)
+    history: tuple[RoundRecord, ...] = ()
+    last_lease_token: int = 0
+    is_paused: bool = False
+    pause_reason: str = ""
+
+    @property
+    def known_rules(self) -> Rules:
+        """The rules of a founded federation; asking earlier is our own mistake."""
+        assert self.rules is not None, "the federation is not founded yet"  # noqa: S101
+        return self.rules
+
+    @property
+    def active_clients(self) -> tuple[Client, ...]:
+        """By client id."""
+        return tuple(c for _, c in sorted(self.clients.items()) if c.is_active)
+
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Whether the newest adapter is one that the rules want evaluated, and it is not yet."""
+        every = self.known_rules.evaluate_every
+        if not every or not self.history or self.history[-1].evaluated_at is not None:
+            return False
+        return self.round % every == 0 or self.round == self.known_rules.num_rounds

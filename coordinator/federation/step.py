@@ -1,0 +1,394 @@
+"""One step of the federation: a request and the time, to events, commands and an outcome.
+
+    transition = step(state, SubmitUpdate(...), now)
+
+The caller appends transition.events to the journal, adopts transition.state, carries out transition.commands and
+only then answers. A refused request raises a typed error and there is nothing to append.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from common.errors import (
+    Evicted,
+    IdentityConflict,
+    InvalidRequest,
+    StaleRound,
+    StaleSlice,
+    UnknownClient,
+    UnknownTask,
+    UpdateConflict,
+    WrongRank,
+)
+from coordinator.federation.due import due
+from coordinator.federation.events import (
+    AdapterPublished,
+    ClientJoined,
+    EvaluationAccepted,
+    EvaluationClosed,
+    Event,
+    FederationFounded,
+    MembershipChanged,
+    PauseSet,
+    RankSet,
+    RoundAbandoned,
+    RoundClosed,
+    TaskClaimed,
+    TaskFailed,
+    UpdateAccepted,
+    evolve,
+)
+from coordinator.federation.ranks import grant_rank
+from coordinator.federation.requests import (
+    AbortRound,
+    Claim,
+    CloseRound,
+    Evict,
+    Fail,
+    Found,
+    Join,
+    Leave,
+    NoteSilence,
+    Outcome,
+    Pause,
+    Publish,
+    Request,
+    Resume,
+    SetRank,
+    SubmitEvaluation,
+    SubmitUpdate,
+    Tick,
+)
+from coordinator.federation.state import (
+    Assignment,
+    Client,
+    Contribution,
+    Kind,
+    Membership,
+    OpenRound,
+    Phase,
+    State,
+)
+
+_MAX_CASCADE = 8  # one request can at most close, publish and open; more would be a loop of ours
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Merge these updates into the adapter; answer with Publish or AbortRound."""
+
+    number: int
+    attempt: int
+    previous_digest: str
+    inputs: tuple[Contribution, ...]
+
+
+Command: TypeAlias = Aggregate
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What a request brings about."""
+
+    state: State
+    events: tuple[Event, ...] = ()
+    commands: tuple[Command, ...] = ()
+    outcome: Outcome = Outcome.ACCEPTED
+
+
+_Decision: TypeAlias = tuple[Outcome, tuple[Event, ...]]
+_NOTHING: _Decision = (Outcome.DUPLICATE, ())
+
+
+def step(state: State, request: Request, now: float) -> Transition:
+    """The request's own events, then everything that is due after them. Raises typed errors, changing nothing."""
+    outcome, decided = _DECISIONS[type(request)](state, request, now)
+    events: list[Event] = []
+    after = state
+    for event in decided:
+        after = evolve(after, event)
+        events.append(event)
+    for _ in range(_MAX_CASCADE):
+        next_event = due(after, now)
+        if next_event is None:
+            break
+        after = evolve(after, next_event)
+        events.append(next_event)
+    commands = tuple(c for c in pending(after) if c not in pending(state))
+    return Transition(after, tuple(events), commands, outcome)
+
+
+def pending(state: State) -> tuple[Command, ...]:
+    """The commands that are not finished; after a restart, all of them."""
+    if state.phase is not Phase.AGGREGATING or state.open is None:
+        return ()
+    inputs = contributions_of(state.open)
+    return (Aggregate(state.open.number, state.open.attempt, state.adapter_digest, inputs),)
+
+
+def contributions_of(opened: OpenRound) -> tuple[Contribution, ...]:
+    """A round's accepted updates, ordered by client id."""
+    return tuple(Contribution(a.client_id, a.rank, a.update) for a in opened.assignments if a.update is not None)
+
+
+def member(state: State, client_id: str, enrol_key: str) -> Client:
+    """The client behind a call. Raises UnknownClient, Evicted or IdentityConflict."""
+    client = state.clients.get(client_id)
+    if client is None or client.membership is Membership.LEFT:
+        raise UnknownClient(f"client {client_id!r} has not joined this federation, or has left it; join first")
+    if client.membership is Membership.EVICTED:
+        raise Evicted(f"client {client_id!r} was evicted by the operator: {client.last_failure or 'no reason given'}")
+    if client.enrol_key != enrol_key:
+        raise IdentityConflict(
+            f"client {client_id!r}: another worker joined under this name with another enrolment key; "
+            "give every worker a name of its own"
+        )
+    return client
+
+
+# ---------------------------------------------------------------- what workers ask
+
+
+def _join(state: State, request: Join, _now: float) -> _Decision:
+    rules, known = state.known_rules, state.clients.get(request.client_id)
+    if not request.client_id or len(request.client_id) > 200 or not request.client_id.isprintable():
+        raise InvalidRequest(f"client id {request.client_id[:80]!r}: 1 to 200 printable characters are expected")
+    if not request.enrol_key:
+        raise InvalidRequest(f"client {request.client_id!r}: no enrolment key")
+    if request.profile.max_rank < 1 or request.profile.num_examples < 1:
+        raise InvalidRequest(
+            f"client {request.client_id!r}: max_rank {request.profile.max_rank} and num_examples "
+            f"{request.profile.num_examples}; both must be at least 1"
+        )
+    # An active or evicted name belongs to its key; a lost or left one may be taken up by a rebuilt worker.
+    if known is not None and known.membership in (Membership.ACTIVE, Membership.EVICTED):
+        member(state, request.client_id, request.enrol_key)
+    order = known.order if known else len(state.clients)
+    rank = grant_rank(rules, request.client_id, request.profile, order)
+    if known is not None and known.rank_is_set:
+        rank = min(known.rank, request.profile.max_rank)
+    client = Client(
+        client_id=request.client_id,
+        enrol_key=request.enrol_key,
+        profile=request.profile,
+        rank=rank,
+        order=order,
+        rank_is_set=known.rank_is_set if known else False,
+        rounds_contributed=known.rounds_contributed if known else 0,
+        last_failure=known.last_failure if known else "",
+    )
+    return _NOTHING if client == known else (Outcome.ACCEPTED, (ClientJoined(client),))
+
+
+def _leave(_state: State, request: Leave, _now: float) -> _Decision:
+    return Outcome.ACCEPTED, (MembershipChanged(request.client_id, Membership.LEFT),)
+
+
+def _claim(state: State, request: Claim, _now: float) -> _Decision:
+    opened, assignment = _part(state, request.client_id, request.number, request.attempt)
+    if opened is None or assignment is None or assignment.is_done or assignment.is_failed:
+        return Outcome.STALE, ()
+    token = state.last_lease_token + 1
+    return Outcome.ACCEPTED, (TaskClaimed(request.client_id, token, request.slice_digest),)
+
+
+def _submit_update(state: State, request: SubmitUpdate, _now: float) -> _Decision:
+    assignment = _submitted_to(state, request, Kind.TRAIN)
+    if isinstance(assignment, Outcome):
+        return assignment, ()
+    if assignment.update is not None:
+        if assignment.update.digest == request.update.digest:
+            return _NOTHING
+        raise UpdateConflict(
+            f"client {request.client_id!r}, round {request.number}: update {request.update.digest[:12]}, but "
+            f"{assignment.update.digest[:12]} was accepted before; the first one stays"
+        )
+    if state.phase is Phase.AGGREGATING:
+        return Outcome.ROUND_CLOSED, ()
+    _check_lease_and_slice(assignment, request)
+    if request.lease_token < assignment.lease_token:
+        return Outcome.SUPERSEDED, ()
+    return Outcome.ACCEPTED, (UpdateAccepted(request.client_id, request.update),)
+
+
+def _submit_evaluation(state: State, request: SubmitEvaluation, _now: float) -> _Decision:
+    assignment = _submitted_to(state, request, Kind.EVALUATE)
+    if isinstance(assignment, Outcome):
+        return assignment, ()
+    if assignment.evaluation is not None:
+        return _NOTHING
+    _check_lease_and_slice(assignment, request)
+    if request.lease_token < assignment.lease_token:
+        return Outcome.SUPERSEDED, ()
+    return Outcome.ACCEPTED, (EvaluationAccepted(request.client_id, request.evaluation),)
+
+
+def _fail(state: State, request: Fail, _now: float) -> _Decision:
+    assignment = state.open.assignment_of(request.client_id) if state.open else None
+    if assignment is None or assignment.is_done or assignment.is_failed or state.phase is Phase.AGGREGATING:
+        return Outcome.STALE, ()
+    if request.lease_token != assignment.lease_token:
+        return Outcome.SUPERSEDED, ()
+    is_final = assignment.failures + 1 >= state.known_rules.max_failures
+    return Outcome.ACCEPTED, (TaskFailed(request.client_id, request.failure, is_final),)
+
+
+def _part(state: State, client_id: str, number: int, attempt: int) -> tuple[OpenRound | None, Assignment | None]:
+    opened = state.open
+    if opened is None or (opened.number, opened.attempt) != (number, attempt):
+        return None, None
+    return opened, opened.assignment_of(client_id)
+
+
+def _submitted_to(state: State, request: SubmitUpdate | SubmitEvaluation, kind: Kind) -> Assignment | Outcome:
+    """The assignment a submission is for, or what became of a submission whose round is over."""
+    opened = state.open
+    if opened is not None and (opened.number, opened.attempt, opened.kind) == (
+        request.number,
+        request.attempt,
+        kind,
+    ):
+        assignment = opened.assignment_of(request.client_id)
+        if assignment is None:
+            raise UnknownTask(f"client {request.client_id!r} has no task in round {request.number}")
+        return assignment
+    if request.number > state.round + 1:
+        raise StaleRound(f"round {request.number} has not been opened; the newest is {state.round + 1}")
+    return Outcome.DUPLICATE if _is_in_history(state, request) else Outcome.STALE
+
+
+def _is_in_history(state: State, request: SubmitUpdate | SubmitEvaluation) -> bool:
+    record = next((r for r in reversed(state.history) if r.number == request.number), None)
+    if record is None:
+        return False
+    if isinstance(request, SubmitUpdate):
+        return any(
+            (c.client_id, c.update.digest) == (request.client_id, request.update.digest) for c in record.contributions
+        )
+    return any(client_id == request.client_id for client_id, _, _ in record.evaluations)
+
+
+def _check_lease_and_slice(assignment: Assignment, request: SubmitUpdate | SubmitEvaluation) -> None:
+    who = f"client {request.client_id!r}, round {request.number}"
+    if assignment.lease_token == 0 or request.lease_token > assignment.lease_token:
+        raise UnknownTask(f"{who}: lease {request.lease_token} was never given for this task; poll for the task again")
+    if request.lease_token == assignment.lease_token and request.slice_digest != assignment.slice_digest:
+        raise StaleSlice(
+            f"{who}: made from slice {request.slice_digest[:12]!r}, but {assignment.slice_digest[:12]!r} was handed out"
+        )
+
+
+# ---------------------------------------------------------------- what operators ask
+
+
+def _pause(state: State, _request: Pause, _now: float) -> _Decision:
+    return _NOTHING if state.is_paused else (Outcome.ACCEPTED, (PauseSet(True),))
+
+
+def _resume(state: State, _request: Resume, _now: float) -> _Decision:
+    return (Outcome.ACCEPTED, (PauseSet(False),)) if state.is_paused else _NOTHING
+
+
+def _close_round(state: State, request: CloseRound, now: float) -> _Decision:
+    opened = _named_round(state, request.number)
+    if opened.kind is Kind.EVALUATE:
+        return Outcome.ACCEPTED, (EvaluationClosed(now),)
+    if not opened.updates:
+        raise InvalidRequest(f"round {opened.number} holds no update yet, so it cannot be closed; abort it instead")
+    return Outcome.ACCEPTED, (RoundClosed(contributions_of(opened), now),)
+
+
+def _abort_round(state: State, request: AbortRound, now: float) -> _Decision:
+    opened = _named_round(state, request.number, may_aggregate=True)
+    if opened.kind is Kind.EVALUATE:
+        return Outcome.ACCEPTED, (EvaluationClosed(now),)
+    is_pausing = opened.attempt % state.known_rules.max_attempts == 0
+    return Outcome.ACCEPTED, (RoundAbandoned(request.reason, is_pausing),)
+
+
+def _named_round(state: State, number: int, *, may_aggregate: bool = False) -> OpenRound:
+    if state.open is None or state.open.number != number:
+        now_open = f"round {state.open.number}" if state.open else "none"
+        raise StaleRound(f"round {number} is not open; open is {now_open}")
+    if state.phase is Phase.AGGREGATING and not may_aggregate:
+        raise StaleRound(f"round {number} is closed already and is being aggregated")
+    return state.open
+
+
+def _evict(state: State, request: Evict, _now: float) -> _Decision:
+    client = _known(state, request.client_id)
+    if client.membership is Membership.EVICTED:
+        return _NOTHING
+    return Outcome.ACCEPTED, (MembershipChanged(request.client_id, Membership.EVICTED, request.reason),)
+
+
+def _set_rank(state: State, request: SetRank, _now: float) -> _Decision:
+    client = _known(state, request.client_id)
+    highest = min(client.profile.max_rank, state.known_rules.global_rank)
+    if not 1 <= request.rank <= highest:
+        raise WrongRank(
+            f"client {request.client_id!r}: rank {request.rank}, but 1 to {highest} is possible (the client declares "
+            f"{client.profile.max_rank}, the global adapter has {state.known_rules.global_rank})"
+        )
+    return Outcome.ACCEPTED, (RankSet(request.client_id, request.rank),)
+
+
+def _known(state: State, client_id: str) -> Client:
+    client = state.clients.get(client_id)
+    if client is None:
+        known = ", ".join(sorted(state.clients)[:5]) or "nobody"
+        raise UnknownClient(f"client {client_id!r} never joined; known: {known}")
+    return client
+
+
+# ---------------------------------------------------------------- what the engine asks
+
+
+def _found(state: State, request: Found, _now: float) -> _Decision:
+    if state.rules is not None:
+        return _NOTHING
+    founded = FederationFounded(request.rules, request.manifest_digest, request.adapter_digest)
+    return Outcome.ACCEPTED, (founded,)
+
+
+def _note_silence(state: State, request: NoteSilence, _now: float) -> _Decision:
+    client = _known(state, request.client_id)
+    expected, next_one = (
+        (Membership.ACTIVE, Membership.LOST) if request.is_lost else (Membership.LOST, Membership.ACTIVE)
+    )
+    if client.membership is not expected:
+        return _NOTHING
+    return Outcome.ACCEPTED, (MembershipChanged(request.client_id, next_one),)
+
+
+def _publish(state: State, request: Publish, now: float) -> _Decision:
+    opened = state.open
+    is_awaited = opened is not None and (opened.number, opened.attempt) == (request.number, request.attempt)
+    if state.phase is not Phase.AGGREGATING or not is_awaited:
+        return Outcome.STALE, ()  # the round was aborted meanwhile
+    return Outcome.ACCEPTED, (AdapterPublished(request.adapter_digest, request.report_json, now),)
+
+
+def _tick(_state: State, _request: Tick, _now: float) -> _Decision:
+    return _NOTHING
+
+
+_DECISIONS: Mapping[type[Request], Callable[[State, Any, float], _Decision]] = {
+    Join: _join,
+    Leave: _leave,
+    Claim: _claim,
+    SubmitUpdate: _submit_update,
+    SubmitEvaluation: _submit_evaluation,
+    Fail: _fail,
+    Pause: _pause,
+    Resume: _resume,
+    CloseRound: _close_round,
+    AbortRound: _abort_round,
+    Evict: _evict,
+    SetRank: _set_rank,
+    Found: _found,
+    NoteSilence: _note_silence,
+    Publish: _publish,
+    Tick: _tick,
+}

@@ -1,0 +1,45 @@
+"""Tells the log what the federation does: one line a round, and why it waits when it waits."""
+
+import structlog
+
+from coordinator.federation.state import Kind, Phase, State
+from coordinator.merging import report_from_json
+from coordinator.service import CoordinatorService
+
+_REMIND_SECONDS = 60.0
+log = structlog.get_logger()
+
+
+async def narrate(service: CoordinatorService) -> None:
+    """Until cancelled."""
+    engine, told = service.engine, State()
+    version = -1
+    while True:
+        version_now = await engine.wait_for_change(version, _REMIND_SECONDS)
+        state = engine.state
+        if version_now == version and state.phase is not Phase.FINISHED:
+            log.info("still waiting", why=service.explanation())
+        _tell(service, told, state)
+        version, told = version_now, state
+
+
+def _tell(service: CoordinatorService, before: State, state: State) -> None:
+    opened, was_open = state.open, before.open
+    if opened is not None and (was_open is None or opened.opened_at != was_open.opened_at):
+        if opened.kind is Kind.TRAIN and opened.number == 1 and opened.attempt == 1:
+            log.info("forecast", collapse=service.forecast().sentence)
+        log.info(
+            "round opened",
+            round=opened.number,
+            kind=opened.kind.value,
+            attempt=opened.attempt,
+            cohort={a.client_id: a.rank for a in opened.assignments},
+        )
+    for record in state.history[len(before.history) :]:
+        report, _ = report_from_json(record.report_json)
+        shares = {f"{p.low + 1}-{p.high}": round(p.energy_share, 4) for p in report.partitions}
+        log.info("round published", round=record.number, updates=len(record.contributions), energy=shares)
+    if state.is_paused and not before.is_paused:
+        log.warning("paused", why=service.explanation())
+    if state.phase is Phase.FINISHED and before.phase is not Phase.FINISHED:
+        log.info("finished", rounds=state.round, adapter=state.adapter_digest[:12])

@@ -1,0 +1,221 @@
+"""FederationService: what workers call. Each method reads a message, asks the service, writes a message."""
+
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc.aio
+from raflora.v1 import federation_pb2 as pb
+from raflora.v1 import federation_pb2_grpc
+
+from common.adapter import AdapterSpec, ModuleShape, TensorShape
+from common.errors import InvalidRequest, ProtocolTooOld
+from common.transfer import CHUNK_BYTES, chunks_of
+from common.version import PROTOCOL, PROTOCOL_OLDEST, software_version
+from coordinator.federation.requests import Outcome, SubmitEvaluation, SubmitUpdate
+from coordinator.federation.state import Evaluation, Kind, Phase, Profile, Update
+from coordinator.service import CoordinatorService, Progress, Task
+from coordinator.servicers.streams import read_chunks
+from coordinator.slices import BlobReference
+
+_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+_OUTCOMES = {
+    Outcome.ACCEPTED: pb.SUBMIT_OUTCOME_ACCEPTED,
+    Outcome.DUPLICATE: pb.SUBMIT_OUTCOME_DUPLICATE,
+    Outcome.STALE: pb.SUBMIT_OUTCOME_STALE,
+    Outcome.SUPERSEDED: pb.SUBMIT_OUTCOME_SUPERSEDED,
+    Outcome.ROUND_CLOSED: pb.SUBMIT_OUTCOME_ROUND_CLOSED,
+}
+_KINDS = {Kind.TRAIN: pb.TASK_KIND_TRAIN, Kind.EVALUATE: pb.TASK_KIND_EVALUATE}
+
+
+class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
+    """See proto/raflora/v1/federation.proto."""
+
+    def __init__(self, service: CoordinatorService) -> None:
+        self._service = service
+
+    async def Handshake(self, request: pb.HandshakeRequest, context: _Context) -> pb.HandshakeResponse:
+        """The protocol to speak, and what to load."""
+        config, manifest = self._service.config, self._service.manifest
+        digest = manifest.base_model_digest if manifest else config.model.base_model_digest
+        return pb.HandshakeResponse(
+            protocol=_agree(request.protocol_min, request.protocol_max),
+            software_version=software_version(),
+            federation=config.name,
+            model=pb.ModelRequest(
+                base_model=config.model.base_model,
+                base_model_digest=digest,
+                task=config.model.task,
+                labels=config.model.labels,
+                target_modules=config.adapter.target_modules,
+                modules_to_save=config.adapter.modules_to_save,
+                global_rank=config.adapter.global_rank,
+                seed=config.rounds.seed,
+            ),
+        )
+
+    async def Join(self, request: pb.JoinRequest, context: _Context) -> pb.JoinResponse:
+        """A place, and the granted rank."""
+        _agree(request.protocol, request.protocol)
+        profile = Profile(
+            max_rank=request.profile.max_rank,
+            num_examples=request.profile.num_examples,
+            device=request.profile.device[:200],
+            memory_bytes=request.profile.memory_bytes,
+            examples_per_second=request.profile.examples_per_second,
+            software_version=request.software_version[:50],
+        )
+        client = await self._service.join(
+            request.client_id, request.enrol_key, profile, _spec_of(request.spec), request.base_model_digest
+        )
+        manifest = self._service.known_manifest
+        return pb.JoinResponse(
+            lora_rank=client.rank,
+            manifest_digest=manifest.digest,
+            heartbeat_seconds=manifest.rounds.lease_ttl_seconds / 3,
+            lease_ttl_seconds=manifest.rounds.lease_ttl_seconds,
+            chunk_bytes=CHUNK_BYTES,
+            wire_dtype=manifest.adapter.wire_dtype,
+            status_sentence=self._service.explanation(),
+        )
+
+    async def PollTask(self, request: pb.PollTaskRequest, context: _Context) -> pb.PollTaskResponse:
+        """Work, as soon as there is some."""
+        task = await self._service.next_task(request.client_id, request.enrol_key, request.wait_seconds)
+        return pb.PollTaskResponse(
+            task=None if task is None else self._message_of(task),
+            finished=self._service.engine.state.phase is Phase.FINISHED,
+            status_sentence=self._service.explanation(),
+        )
+
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: _Context) -> pb.HeartbeatResponse:
+        """Whether to go on."""
+        await self._service.known_member(request.client_id, request.enrol_key)
+        said = request.progress
+        progress = Progress(said.activity[:50], said.step, said.total_steps, said.train_loss)
+        goes_on = self._service.holds_lease(request.client_id, request.lease_token, progress)
+        directive = pb.LEASE_DIRECTIVE_CONTINUE if goes_on else pb.LEASE_DIRECTIVE_STOP
+        return pb.HeartbeatResponse(directive=directive)
+
+    async def DownloadAdapter(
+        self, request: pb.DownloadAdapterRequest, context: _Context
+    ) -> AsyncIterator[pb.DownloadAdapterResponse]:
+        """The slice's bytes from an offset."""
+        digest = await self._service.slice_path(request.client_id, request.enrol_key, request.digest)
+        async for data in read_chunks(chunks_of(self._service.blobs.open(digest), request.offset)):
+            self._service.counters.bytes_sent += len(data)
+            self._service.engine.hear(request.client_id)
+            yield pb.DownloadAdapterResponse(data=data)
+
+    async def BeginUpload(self, request: pb.BeginUploadRequest, context: _Context) -> pb.BeginUploadResponse:
+        """Where to go on."""
+        committed = await self._service.begin_upload(
+            request.client_id, request.enrol_key, BlobReference(request.blob.digest, request.blob.size_bytes)
+        )
+        return pb.BeginUploadResponse(committed_bytes=committed)
+
+    async def UploadAdapter(
+        self, request: AsyncIterator[pb.UploadAdapterRequest], context: _Context
+    ) -> pb.UploadAdapterResponse:
+        """Takes chunks; the metadata says of what and from where."""
+        said = {str(key): str(value) for key, value in context.invocation_metadata() or ()}
+        try:
+            offset = int(said["raflora-offset"])
+            who = (said["raflora-client-id"], said["raflora-enrol-key"], said["raflora-digest"])
+        except (KeyError, ValueError) as error:
+            raise InvalidRequest(f"upload: the call's metadata lacks or garbles {error}") from None
+        chunks = (message.data async for message in request)
+        return pb.UploadAdapterResponse(committed_bytes=await self._service.receive(*who, offset, chunks))
+
+    async def QueryUpload(self, request: pb.QueryUploadRequest, context: _Context) -> pb.QueryUploadResponse:
+        """How much is durable."""
+        committed = await self._service.committed_bytes(request.client_id, request.enrol_key, request.digest)
+        return pb.QueryUploadResponse(committed_bytes=committed)
+
+    async def SubmitUpdate(self, request: pb.SubmitUpdateRequest, context: _Context) -> pb.SubmitUpdateResponse:
+        """Commits an upload to the round."""
+        update = Update(
+            digest=request.blob.digest,
+            size_bytes=request.blob.size_bytes,
+            num_examples=request.num_examples,
+            metrics=dict(request.metrics),
+            training_seconds=request.training_seconds,
+        )
+        submission = SubmitUpdate(
+            client_id=request.client_id,
+            lease_token=request.lease_token,
+            number=request.round,
+            attempt=request.attempt,
+            slice_digest=request.slice_digest,
+            update=update,
+        )
+        outcome = await self._service.submit_update(submission, request.enrol_key)
+        return pb.SubmitUpdateResponse(outcome=_OUTCOMES[outcome])
+
+    async def SubmitEvaluation(
+        self, request: pb.SubmitEvaluationRequest, context: _Context
+    ) -> pb.SubmitEvaluationResponse:
+        """Commits an evaluation."""
+        submission = SubmitEvaluation(
+            client_id=request.client_id,
+            lease_token=request.lease_token,
+            number=request.round,
+            attempt=request.attempt,
+            slice_digest=request.slice_digest,
+            evaluation=Evaluation(request.num_examples, dict(request.metrics)),
+        )
+        outcome = await self._service.submit_evaluation(submission, request.enrol_key)
+        return pb.SubmitEvaluationResponse(outcome=_OUTCOMES[outcome])
+
+    async def FailTask(self, request: pb.FailTaskRequest, context: _Context) -> pb.FailTaskResponse:
+        """Takes a task back."""
+        failure = f"{request.reason}: {request.message}" if request.message else request.reason
+        again = await self._service.fail_task(request.client_id, request.enrol_key, request.lease_token, failure)
+        return pb.FailTaskResponse(will_retry=again)
+
+    async def Leave(self, request: pb.LeaveRequest, context: _Context) -> pb.LeaveResponse:
+        """Good-bye."""
+        await self._service.leave(request.client_id, request.enrol_key)
+        return pb.LeaveResponse()
+
+    def _message_of(self, task: Task) -> pb.Task:
+        training = task.plan.training
+        return pb.Task(
+            kind=_KINDS[task.kind],
+            round=task.number,
+            attempt=task.attempt,
+            lease_token=task.lease_token,
+            lora_rank=task.rank,
+            scaling=task.scaling,
+            adapter=pb.BlobReference(digest=task.slice.digest, size_bytes=task.slice.size_bytes),
+            plan=pb.TrainingPlan(
+                learning_rate=task.plan.learning_rate,
+                local_steps=training.local_steps,
+                local_epochs=training.local_epochs,
+                batch_size=training.batch_size,
+                weight_decay=training.weight_decay,
+                max_grad_norm=training.max_grad_norm,
+                warmup_steps=training.warmup_steps,
+                seed=task.plan.seed,
+            ),
+            deadline_seconds=task.deadline_seconds,
+            manifest_digest=self._service.known_manifest.digest,
+        )
+
+
+def _agree(lowest: int, highest: int) -> int:
+    """The newest protocol that both sides speak. Raises ProtocolTooOld."""
+    if highest < PROTOCOL_OLDEST or lowest > PROTOCOL:
+        raise ProtocolTooOld(
+            f"the worker speaks protocol {lowest} to {highest}, this coordinator {PROTOCOL_OLDEST} to {PROTOCOL}; "
+            f"upgrade the {'worker' if highest < PROTOCOL_OLDEST else 'coordinator'}"
+        )
+    return min(highest, PROTOCOL)
+
+
+def _spec_of(message: pb.AdapterSpec) -> AdapterSpec:
+    return AdapterSpec(
+        tuple(ModuleShape(m.name, m.out_features, m.in_features) for m in message.modules),
+        tuple(TensorShape(t.name, tuple(t.shape)) for t in message.tensors),
+    )

@@ -1,0 +1,95 @@
+"""StatusService: what anybody who may look can ask."""
+
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc.aio
+from raflora.v1 import status_pb2 as pb
+from raflora.v1 import status_pb2_grpc
+
+from common.errors import InvalidRequest, UnknownBlob
+from common.transfer import check_digest, chunks_of
+from coordinator.federation.state import Phase
+from coordinator.service import CoordinatorService
+from coordinator.servicers.status_view import client_summary, rounds_of, status_of
+from coordinator.servicers.streams import read_chunks
+from coordinator.slices import BlobReference
+
+MAX_PAGE = 100
+_DEFAULT_PAGE = 20
+_WATCH_PAUSE_SECONDS = 0.5  # at most twice a second
+_WATCH_IDLE_SECONDS = 2.0  # progress inside a round is volatile and makes no event
+_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+
+class StatusServicer(status_pb2_grpc.StatusServiceServicer):
+    """See proto/raflora/v1/status.proto."""
+
+    def __init__(self, service: CoordinatorService) -> None:
+        self._service = service
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: _Context) -> pb.GetStatusResponse:
+        """The federation as it stands."""
+        return pb.GetStatusResponse(status=status_of(self._service))
+
+    async def WatchStatus(
+        self, request: pb.WatchStatusRequest, context: _Context
+    ) -> AsyncIterator[pb.WatchStatusResponse]:
+        """Again and again; ends with the federation."""
+        engine = self._service.engine
+        while True:
+            version = engine.version
+            yield pb.WatchStatusResponse(status=status_of(self._service))
+            if engine.state.phase is Phase.FINISHED:
+                return
+            await engine.wait_for_change(-1, _WATCH_PAUSE_SECONDS)  # a pause: no version is -1
+            await engine.wait_for_change(version, _WATCH_IDLE_SECONDS)
+
+    async def ListRounds(self, request: pb.ListRoundsRequest, context: _Context) -> pb.ListRoundsResponse:
+        """Finished rounds, oldest first."""
+        state, size = self._service.engine.state, _page_size(request.page_size)
+        records = [r for r in state.history if r.number > request.after_round]
+        if not records:
+            return pb.ListRoundsResponse()
+        rounds = rounds_of(state, self._service.known_manifest, records[:size])
+        return pb.ListRoundsResponse(rounds=rounds, more=len(records) > size)
+
+    async def ListClients(self, request: pb.ListClientsRequest, context: _Context) -> pb.ListClientsResponse:
+        """Every client that ever joined, by id."""
+        size, known = _page_size(request.page_size), self._service.engine.state.clients
+        clients = [known[name] for name in sorted(known) if name > request.after_client_id]
+        summaries = [client_summary(self._service, client) for client in clients[:size]]
+        return pb.ListClientsResponse(clients=summaries, more=len(clients) > size)
+
+    async def FetchAdapter(
+        self, request: pb.FetchAdapterRequest, context: _Context
+    ) -> AsyncIterator[pb.FetchAdapterResponse]:
+        """The published adapter cut to a rank: first what it is, then its bytes from the offset."""
+        reference, rank = await self._service.published_slice(request.lora_rank)
+        if request.digest and check_digest(request.digest, "FetchAdapter") != reference.digest:
+            raise UnknownBlob(f"adapter {request.digest[:12]} is no longer the newest; start again without a digest")
+        yield pb.FetchAdapterResponse(header=self._header(reference, rank))
+        async for data in read_chunks(chunks_of(self._service.blobs.open(reference.digest), request.offset)):
+            self._service.counters.bytes_sent += len(data)
+            yield pb.FetchAdapterResponse(data=data)
+
+    def _header(self, reference: BlobReference, rank: int) -> pb.AdapterHeader:
+        manifest = self._service.known_manifest
+        return pb.AdapterHeader(
+            digest=reference.digest,
+            size_bytes=reference.size_bytes,
+            lora_rank=rank,
+            scaling=manifest.scaling(rank),
+            round=self._service.engine.state.round,
+            base_model=manifest.model.base_model,
+            base_model_digest=manifest.base_model_digest,
+            task=manifest.model.task,
+            modules=[module.name for module in manifest.spec.modules],
+            modules_to_save=manifest.adapter.modules_to_save,
+        )
+
+
+def _page_size(asked: int) -> int:
+    if asked > MAX_PAGE:
+        raise InvalidRequest(f"page_size {asked}: at most {MAX_PAGE}")
+    return asked or _DEFAULT_PAGE

@@ -1,0 +1,210 @@
+"""The federation's state as messages for people and machines: pure functions, nothing is asked of anybody."""
+
+from collections.abc import Sequence
+
+from raflora.v1 import status_pb2 as pb
+
+from common.version import software_version
+from coordinator.federation.explain import explain
+from coordinator.federation.state import (
+    Assignment,
+    Client,
+    Contribution,
+    Kind,
+    RoundRecord,
+    State,
+)
+from coordinator.manifest import Manifest
+from coordinator.merging import report_from_json
+from coordinator.service import CoordinatorService, Progress
+
+_COVERED_BY_FEW = 3  # rounds without an owner after which a partition is worth a warning
+
+
+def status_of(service: CoordinatorService) -> pb.FederationStatus:
+    """Everything at a glance."""
+    engine, config, state = service.engine, service.config, service.engine.state
+    opened = state.open
+    status = pb.FederationStatus(
+        federation=config.name,
+        software_version=software_version(),
+        phase=f"PHASE_{state.phase.name}",
+        paused=state.is_paused,
+        round=opened.number if opened else min(state.round + 1, config.rounds.num_rounds),
+        num_rounds=config.rounds.num_rounds,
+        explanation=explain(state, engine.now),
+        method=config.aggregation.method,
+        manifest_digest=state.manifest_digest,
+        adapter_digest=state.adapter_digest,
+        global_rank=config.adapter.global_rank,
+        base_model=config.model.base_model,
+        task=config.model.task,
+        bytes_sent=service.counters.bytes_sent,
+        bytes_received=service.counters.bytes_received,
+        uptime_seconds=engine.uptime_seconds,
+        clients_connected=len(state.active_clients),
+        clients_known=len(state.clients),
+        forecast=forecast_of(service),
+        warnings=warnings_of(state),
+    )
+    if opened is not None:
+        status.quorum = state.known_rules.quorum_of(len(opened.assignments)) if opened.kind is Kind.TRAIN else 0
+        status.deadline_seconds = max(0.0, opened.deadline_at - engine.now)
+        status.assignments.extend(_assignment(service, a) for a in opened.assignments)
+    if service.manifest is not None and state.history:
+        status.last_round.CopyFrom(rounds_of(state, service.manifest, state.history[-1:])[0])
+    return status
+
+
+def forecast_of(service: CoordinatorService) -> pb.CollapseForecast:
+    """What a rank-agnostic average would do to these clients."""
+    forecast = service.forecast()
+    return pb.CollapseForecast(
+        smallest_rank=forecast.smallest_rank,
+        largest_rank=forecast.largest_rank,
+        factor=forecast.factor,
+        half_life_rounds=forecast.half_life_rounds,
+        sentence=forecast.sentence,
+    )
+
+
+def warnings_of(state: State) -> list[str]:
+    """What an operator should look at."""
+    warnings = []
+    if state.is_paused and state.pause_reason:
+        warnings.append(f"the federation paused itself: {state.pause_reason}")
+    for (low, high), rounds in _uncovered(state.history).items():
+        if rounds >= _COVERED_BY_FEW:
+            warnings.append(f"ranks {low + 1}-{high} were trained by nobody for {rounds} rounds")
+    return warnings
+
+
+def rounds_of(state: State, manifest: Manifest, records: Sequence[RoundRecord]) -> list[pb.RoundSummary]:
+    """Finished rounds, as they stand in the journal."""
+    return [_round(state, manifest, record) for record in records]
+
+
+def client_summary(service: CoordinatorService, client: Client) -> pb.ClientSummary:
+    """One client."""
+    manifest = service.manifest
+    return pb.ClientSummary(
+        client_id=client.client_id,
+        max_rank=client.profile.max_rank,
+        lora_rank=client.rank,
+        device=client.profile.device,
+        memory_bytes=client.profile.memory_bytes,
+        num_examples=client.profile.num_examples,
+        membership=client.membership,
+        silent_seconds=service.engine.silent_seconds(client.client_id),
+        rounds_contributed=client.rounds_contributed,
+        software_version=client.profile.software_version,
+        last_failure=client.last_failure,
+        slice_bytes=manifest.layout(client.rank).size_bytes if manifest else 0,
+    )
+
+
+def _assignment(service: CoordinatorService, assignment: Assignment) -> pb.AssignmentStatus:
+    progress = service.counters.progress.get(assignment.client_id, Progress())
+    silent = service.engine.silent_seconds(assignment.client_id)
+    is_working = assignment.lease_token > 0 and not assignment.is_done
+    return pb.AssignmentStatus(
+        client_id=assignment.client_id,
+        lora_rank=assignment.rank,
+        state=_assignment_state(assignment),
+        activity=progress.activity if is_working else "",
+        step=progress.step if is_working else 0,
+        total_steps=progress.total_steps if is_working else 0,
+        train_loss=progress.train_loss if is_working else 0.0,
+        silent_seconds=silent,
+        late=not assignment.is_done and silent > service.config.rounds.lease_ttl_seconds,
+        failures=assignment.failures,
+        last_failure=assignment.failure,
+    )
+
+
+def _assignment_state(assignment: Assignment) -> pb.AssignmentState:
+    if assignment.is_done:
+        return pb.ASSIGNMENT_STATE_DONE
+    if assignment.is_failed:
+        return pb.ASSIGNMENT_STATE_FAILED
+    return pb.ASSIGNMENT_STATE_WORKING if assignment.lease_token else pb.ASSIGNMENT_STATE_WAITING
+
+
+def _round(state: State, manifest: Manifest, record: RoundRecord) -> pb.RoundSummary:
+    report, aggregation_seconds = report_from_json(record.report_json)
+    uncovered = _uncovered([r for r in state.history if r.number <= record.number])
+    weights = [e.num_examples for _, _, e in record.evaluations]
+    return pb.RoundSummary(
+        round=record.number,
+        attempts=record.attempts,
+        adapter_digest=record.adapter_digest,
+        partitions=[
+            pb.RankPartition(
+                low=p.low,
+                high=p.high,
+                energy_share=p.energy_share,
+                contributors=p.contributors,
+                effective_contributors=p.effective_contributors,
+                rounds_uncovered=uncovered.get((p.low, p.high), 0),
+            )
+            for p in report.partitions
+        ],
+        rho=report.rho,
+        effective_rank=report.effective_rank,
+        rank_99=report.rank_99,
+        energy=report.energy,
+        energy_lost=report.energy_lost,
+        contributions=[_contribution(c) for c in record.contributions],
+        evaluations=[
+            pb.EvaluationSummary(client_id=c, lora_rank=r, num_examples=e.num_examples, metrics=dict(e.metrics))
+            for c, r, e in record.evaluations
+        ],
+        accuracy=_mean([e.metrics.get("accuracy") for _, _, e in record.evaluations], weights),
+        eval_loss=_mean([e.metrics.get("eval_loss") for _, _, e in record.evaluations], weights),
+        # What one clean transfer each costs; the running totals in the status include repetitions.
+        bytes_sent=sum(manifest.layout(c.rank).size_bytes for c in record.contributions),
+        bytes_received=sum(c.update.size_bytes for c in record.contributions),
+        training_seconds=record.closed_at - record.opened_at,
+        aggregation_seconds=aggregation_seconds,
+        evaluation_seconds=max(0.0, (record.evaluated_at or 0.0) - record.published_at),
+        learning_rate=manifest.learning_rate(record.number),
+        train_loss=_mean(
+            [c.update.metrics.get("train_loss") for c in record.contributions],
+            [c.update.num_examples for c in record.contributions],
+        ),
+    )
+
+
+def _contribution(contribution: Contribution) -> pb.Contribution:
+    update = contribution.update
+    return pb.Contribution(
+        client_id=contribution.client_id,
+        lora_rank=contribution.rank,
+        num_examples=update.num_examples,
+        digest=update.digest,
+        size_bytes=update.size_bytes,
+        train_loss=update.metrics.get("train_loss", 0.0),
+        training_seconds=update.training_seconds,
+    )
+
+
+def _uncovered(history: Sequence[RoundRecord]) -> dict[tuple[int, int], int]:
+    """Rounds since somebody last trained each of the newest round's partitions."""
+    if not history:
+        return {}
+    report, _ = report_from_json(history[-1].report_json)
+    counts = {}
+    for partition in report.partitions:
+        rounds = 0
+        for record in reversed(history):
+            if any(c.rank >= partition.high for c in record.contributions):
+                break
+            rounds += 1
+        counts[(partition.low, partition.high)] = rounds
+    return counts
+
+
+def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float:
+    known = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
+    total = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / total if total else 0.0

@@ -1,0 +1,68 @@
+"""Rank slices of the global adapter: made once per adapter and rank, kept as blobs, served to all of that rank."""
+
+import asyncio
+from dataclasses import dataclass
+
+from common.adapter import Adapter, slice_adapter
+from common.codec import Layout, decode, encode
+from coordinator.manifest import Manifest
+from coordinator.stores.blobs import BlobStore
+
+
+@dataclass(frozen=True)
+class BlobReference:
+    """Bytes by content."""
+
+    digest: str
+    size_bytes: int
+
+
+class Slices:
+    """A cache over pure functions: the same adapter and rank always give the same bytes."""
+
+    def __init__(self, blobs: BlobStore, manifest: Manifest) -> None:
+        self._blobs = blobs
+        self._manifest = manifest
+        self._made: dict[tuple[str, int], asyncio.Task[BlobReference]] = {}
+
+    async def slice_of(self, adapter_digest: str, rank: int) -> BlobReference:
+        """The first `rank` directions, scaled for a client of that rank, in the wire dtype."""
+        key = (adapter_digest, rank)
+        if key not in self._made:
+            self._made[key] = asyncio.create_task(asyncio.to_thread(self._make, adapter_digest, rank))
+        try:
+            # Shielded: a caller that hangs up must not take the slice from the others who wait for it.
+            return await asyncio.shield(self._made[key])
+        except Exception:
+            self._made.pop(key, None)
+            raise
+
+    async def settle(self) -> None:
+        """Returns when no slice is being made."""
+        while pending := [task for task in self._made.values() if not task.done()]:
+            await asyncio.wait(pending)
+
+    def keep_only(self, adapter_digest: str) -> None:
+        """Forgets the slices of older adapters."""
+        self._made = {key: task for key, task in self._made.items() if key[0] == adapter_digest}
+
+    def digests(self) -> set[str]:
+        """The blobs that are slices."""
+        finished = [t for t in self._made.values() if t.done() and not t.cancelled() and t.exception() is None]
+        return {task.result().digest for task in finished}
+
+    def owns(self, digest: str) -> bool:
+        """Whether these bytes are a slice that may be handed to a client."""
+        return digest in self.digests()
+
+    def _make(self, adapter_digest: str, rank: int) -> BlobReference:
+        adapter = read_global_adapter(self._blobs, self._manifest, adapter_digest)
+        cut = slice_adapter(adapter, rank, scaling=self._manifest.scaling(rank))
+        content = encode(cut, self._manifest.adapter.wire_dtype)
+        return BlobReference(self._blobs.put(content), len(content))
+
+
+def read_global_adapter(blobs: BlobStore, manifest: Manifest, digest: str) -> Adapter:
+    """The effective global adapter (scaling 1, float32)."""
+    layout = Layout(manifest.spec, manifest.adapter.global_rank)
+    return decode(blobs.open(digest).read_bytes(), layout, whose=f"global adapter {digest[:12]}")

@@ -1,0 +1,276 @@
+"""Uploads in progress: resumable, bounded, and checked before they count.
+
+    ROOT/<sha256 of the client id>/<digest>.<announced bytes>.part   arriving
+    ROOT/<sha256 of the client id>/<digest>                          complete: its digest was checked
+
+A client has at most one of each: what it announces or completes next replaces the one before, so clients
+cannot fill the disk. Nothing here knows rounds or leases, and a complete file is never opened for writing.
+"""
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from common.errors import CorruptStore, CorruptTransfer, InvalidRequest, TooBusy, UnknownBlob, UploadTakenOver
+from common.transfer import Expected, PartFile, check_digest, sync_folder
+from coordinator.stores.blobs import FileBlobs
+
+_FILE_NAME = re.compile(r"(?P<digest>[0-9a-f]{64})(\.(?P<size_bytes>[0-9]{1,18})\.part)?")
+
+
+class Upload:
+    """One stream of bytes into a part file, from UploadSpool.open. Call `close` in a finally.
+
+    Every other method raises UploadTakenOver once a newer stream of the same client has begun.
+    """
+
+    def __init__(self, desk: "_Desk", part: PartFile, expected: Expected) -> None:
+        self._desk = desk
+        self._part = part
+        self._expected = expected
+
+    @property
+    def committed_bytes(self) -> int:
+        """How much is durable: where the sender goes on after an interruption."""
+        with self._desk.lock:
+            self._check_is_current()
+            return self._part.committed_bytes
+
+    def append(self, offset: int, data: bytes) -> None:
+        """Writes the next chunk. Raises WrongOffset or WrongSize, and writes nothing then."""
+        with self._desk.lock:
+            self._check_is_current()
+            self._part.append(offset, data)
+
+    def finish(self) -> int:
+        """Ends the stream: what arrived is durable; if that is everything, the upload is complete.
+
+        Returns the committed bytes. Raises CorruptTransfer, and forgets the bytes, if everything is here
+        but is not what was announced.
+        """
+        with self._desk.lock:
+            self._check_is_current()
+            self._part.sync()
+            if self._part.is_complete:
+                self._desk.complete(self._part, self._expected.digest)
+            committed_bytes = self._part.committed_bytes
+            self._desk.end_stream()
+            return committed_bytes
+
+    def close(self) -> None:
+        """Ends the stream if it has not ended yet; what arrived stays for the next one."""
+        with self._desk.lock:
+            if self._desk.part is self._part:
+                self._desk.end_stream()
+
+    def _check_is_current(self) -> None:
+        if self._desk.part is not self._part:
+            raise UploadTakenOver(f"{self._expected.whose}: this stream has ended or a newer one carries the upload on")
+
+
+class UploadSpool:
+    """The uploads of all clients. Every method may wait for the disk and may be called from any thread."""
+
+    def __init__(self, root: Path, blobs: FileBlobs, max_open: int) -> None:
+        self._root = root
+        self._blobs = blobs
+        self._streams = threading.BoundedSemaphore(max_open)
+        self._lock = threading.Lock()  # guards the dict below; never held while waiting for the disk
+        self._desks: dict[str, _Desk] = {}
+        root.mkdir(parents=True, exist_ok=True)
+        for folder in root.iterdir():
+            _remove(path for path in folder.iterdir() if not _FILE_NAME.fullmatch(path.name))
+            _remove_if_empty(folder)
+
+    def begin(self, client_id: str, digest: str, size_bytes: int) -> int:
+        """Announces an upload and returns how much of it is durable; `size_bytes` means that it is complete.
+
+        Ends the client's stream and drops whatever else it was sending. Raises TooBusy if no stream is free.
+        """
+        expected = _expected(client_id, digest, size_bytes)
+        desk = self._desk_of(client_id)
+        with desk.lock:
+            desk.end_stream()
+            complete = desk.folder / digest
+            if complete.is_file():
+                return _check_announced(expected, complete.stat().st_size)
+            # Until the return: so a client learns now, and not after megabytes, that there is no place for it.
+            part = desk.start_stream(desk.announce(expected), expected)
+            try:
+                if part.is_complete:  # the stream broke between the last byte and its end
+                    with suppress(CorruptTransfer):
+                        desk.complete(part, digest)
+                return part.committed_bytes
+            finally:
+                desk.end_stream()
+
+    def open(self, client_id: str, digest: str, size_bytes: int | None = None) -> Upload:
+        """The stream of an upload that was announced; ends an older stream of this client.
+
+        Raises UnknownBlob if it was not announced or is complete already, InvalidRequest if it was announced
+        with another size, TooBusy if no stream is free.
+        """
+        desk = self._desk_of(client_id)
+        with desk.lock:
+            path = desk.part_of(check_digest(digest, f"client {client_id}"))
+            if path is None:
+                raise UnknownBlob(f"client {client_id}: no upload of {digest[:12]} is open; announce it first")
+            expected = _expected(client_id, digest, _announced_bytes(path))
+            if size_bytes is not None:
+                _check_announced(expected, size_bytes)
+            desk.end_stream()
+            return Upload(desk, desk.start_stream(path, expected), expected)
+
+    def committed_bytes(self, client_id: str, digest: str) -> int:
+        """How much of this client's upload is durable; 0 if it never began."""
+        check_digest(digest, f"client {client_id}")
+        desk = self._desk_of(client_id)
+        with desk.lock:
+            path = desk.part_of(digest) or desk.folder / digest
+            return _durable_bytes(path) if path.is_file() else 0
+
+    def completed_path(self, client_id: str, digest: str) -> Path:
+        """The checked file, to be read only. Raises UnknownBlob unless this very client uploaded all of it."""
+        check_digest(digest, f"client {client_id}")
+        complete = self._desk_of(client_id).folder / digest
+        if not complete.is_file():
+            raise UnknownBlob(f"client {client_id}: no upload with the digest {digest[:12]} is complete")
+        return complete
+
+    def commit(self, client_id: str, digest: str) -> None:
+        """Makes a completed upload a blob, without a copy; it stays here too. Raises UnknownBlob."""
+        with self._desk_of(client_id).lock:
+            self._blobs.adopt(self.completed_path(client_id, digest), digest)
+
+    def discard(self, client_id: str, digest: str | None = None) -> None:
+        """Forgets one upload of the client, or all of them; ends its stream."""
+        desk = self._desk_of(client_id)
+        with desk.lock:
+            if digest is None:
+                desk.forget_all()
+            else:
+                desk.forget(check_digest(digest, f"client {client_id}"))
+
+    def sweep(self, client_ids: Iterable[str]) -> None:
+        """Forgets the uploads of everybody but these clients."""
+        known = {_folder_name(client_id) for client_id in client_ids}
+        for folder in self._root.iterdir():
+            if folder.name not in known:
+                desk = self._desk_named(folder.name)
+                with desk.lock:
+                    desk.forget_all()
+
+    def _desk_of(self, client_id: str) -> "_Desk":
+        return self._desk_named(_folder_name(client_id))
+
+    def _desk_named(self, name: str) -> "_Desk":
+        with self._lock:
+            if name not in self._desks:
+                self._desks[name] = _Desk(self._root / name, self._streams)
+            return self._desks[name]
+
+
+class _Desk:
+    """One client's folder and its only stream. The caller of every method holds the lock."""
+
+    def __init__(self, folder: Path, streams: threading.BoundedSemaphore) -> None:
+        self.lock = threading.Lock()
+        self.folder = folder
+        self.part: PartFile | None = None
+        self._digest = ""  # of the stream
+        self._streams = streams
+
+    def start_stream(self, path: Path, expected: Expected) -> PartFile:
+        if not self._streams.acquire(blocking=False):
+            raise TooBusy(f"{expected.whose}: as many uploads are under way as are allowed; try again in a moment")
+        try:
+            self.part = PartFile(path, expected)
+        except BaseException:
+            self._streams.release()
+            raise
+        self._digest = expected.digest
+        return self.part
+
+    def end_stream(self) -> None:
+        part, self.part = self.part, None
+        if part is not None:
+            self._streams.release()
+            part.close()
+
+    def part_of(self, digest: str) -> Path | None:
+        return next(iter(self.folder.glob(f"{digest}.*.part")), None)
+
+    def announce(self, expected: Expected) -> Path:
+        """The part file of this upload, its size in the name so that a restart knows it; drops all others."""
+        path = self.folder / f"{expected.digest}.{expected.size_bytes}.part"
+        _remove(older for older in self.folder.glob("*.part") if older != path)
+        self.folder.mkdir(exist_ok=True)
+        path.touch()
+        sync_folder(self.folder)
+        sync_folder(self.folder.parent)
+        return path
+
+    def complete(self, part: PartFile, digest: str) -> None:
+        part.finish(self.folder / digest)
+        _remove(older for older in self.folder.iterdir() if older.name != digest)
+
+    def forget(self, digest: str) -> None:
+        if self._digest == digest:
+            self.end_stream()
+        _remove(self.folder.glob(f"{digest}*"))
+        _remove_if_empty(self.folder)
+
+    def forget_all(self) -> None:
+        self.end_stream()
+        _remove(self.folder.glob("*"))
+        _remove_if_empty(self.folder)
+
+
+def _folder_name(client_id: str) -> str:
+    # A client id comes from outside: it must not choose a path.
+    return hashlib.sha256(client_id.encode()).hexdigest()
+
+
+def _expected(client_id: str, digest: str, size_bytes: int) -> Expected:
+    whose = f"client {client_id}"
+    if size_bytes < 1:
+        raise InvalidRequest(f"{whose}: an upload of {size_bytes} bytes was announced; at least one is needed")
+    return Expected(check_digest(digest, whose), size_bytes, whose)
+
+
+def _check_announced(expected: Expected, size_bytes: int) -> int:
+    if size_bytes != expected.size_bytes:
+        raise InvalidRequest(
+            f"{expected.whose}: {size_bytes} bytes of {expected.digest[:12]}, but its size is {expected.size_bytes}"
+        )
+    return size_bytes
+
+
+def _announced_bytes(part: Path) -> int:
+    match = _FILE_NAME.fullmatch(part.name)
+    if match is None or match["size_bytes"] is None:
+        raise CorruptStore(f"upload {part}: the name holds no announced size; nobody but raflora may write here")
+    return int(match["size_bytes"])
+
+
+def _durable_bytes(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        path.unlink(missing_ok=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

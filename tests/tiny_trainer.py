@@ -1,0 +1,112 @@
+"""A trainer without torch that speaks the real protocol: its training multiplies every factor by two.
+
+What it should do wrong stands in the file `mishaps` of its model's folder, one a line, used up from the top:
+crash, exit, hang, wait_at_gate, babble, out_of_memory, nan. Started as `python tests/tiny_trainer.py`.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from common.adapter import Adapter, AdapterSpec, Factors, ModuleShape, TensorShape
+from common.codec import Layout, WireDtype, decode, encode
+from worker.trainer_protocol import (
+    Answer,
+    Evaluate,
+    Evaluated,
+    Failed,
+    Load,
+    Loaded,
+    ProgressMade,
+    Train,
+    Trained,
+    request_from_line,
+    to_line,
+)
+
+SPEC = AdapterSpec((ModuleShape("q_proj", 8, 6), ModuleShape("v_proj", 4, 6)), (TensorShape("head", (3, 4)),))
+BASE_MODEL_DIGEST = "ba5e" * 16
+NUM_EXAMPLES = 40
+
+
+def main() -> None:
+    folder = Path()
+    for line in sys.stdin.buffer:
+        request = request_from_line(line)
+        if isinstance(request, Load):
+            folder = Path(json.loads(request.config_json)["model"]["path"])
+            (folder / "pid").write_text(str(os.getpid()))
+            _say(_loaded())
+            continue
+        mishap = _next_of(folder / "mishaps")
+        _say(_misbehave(mishap, folder) or _work(request, poison=mishap == "nan"))
+
+
+def _work(request: Train | Evaluate, *, poison: bool) -> Answer:
+    layout = Layout(SPEC, request.lora_rank, WireDtype(request.wire_dtype))
+    adapter = decode(Path(request.slice_path).read_bytes(), layout, "slice")
+    if isinstance(request, Evaluate):
+        return Evaluated(num_examples=10, metrics={"accuracy": 0.5})
+    _say(ProgressMade("training", 1, 1, 0.25))
+    content = encode(trained(adapter), layout.dtype)
+    if poison:
+        content = content[: len(layout.header)] + b"\xff" * 4 + content[len(layout.header) + 4 :]
+    Path(request.update_path).write_bytes(content)
+    return Trained(num_examples=NUM_EXAMPLES, seconds=1.5, metrics={"train_loss": 0.25})
+
+
+def trained(adapter: Adapter) -> Adapter:
+    modules = {name: Factors(2 * f.lora_A, 2 * f.lora_B) for name, f in adapter.modules.items()}
+    return Adapter(modules, adapter.tensors)
+
+
+def _misbehave(mishap: str, folder: Path) -> Failed | None:
+    match mishap:
+        case "crash":
+            print("the last words", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exit":
+            print("no kernel image is available", file=sys.stderr, flush=True)
+            sys.exit(7)
+        case "hang":
+            _say(ProgressMade("training", 1, 100, 0.5))
+            signal.pause()
+        case "wait_at_gate":
+            _say(ProgressMade("training", 1, 100, 0.5))
+            (folder / "gate").read_bytes()  # a FIFO of the test's: opens when the test does
+        case "babble":
+            sys.stdout.write("this is no message\n")
+            sys.stdout.flush()
+        case "out_of_memory":
+            return Failed("out_of_memory", "rank 4 does not fit")
+    return None
+
+
+def _next_of(mishaps: Path) -> str:
+    if not mishaps.exists():
+        return ""
+    first, _, rest = mishaps.read_text().partition("\n")
+    mishaps.write_text(rest)
+    return first
+
+
+def _loaded() -> Loaded:
+    return Loaded(
+        base_model_digest=BASE_MODEL_DIGEST,
+        modules=tuple((m.name, m.out_features, m.in_features) for m in SPEC.modules),
+        tensors=tuple((t.name, t.shape) for t in SPEC.tensors),
+        num_examples=NUM_EXAMPLES,
+        device="cpu",
+        memory_bytes=1 << 30,
+    )
+
+
+def _say(answer: Answer) -> None:
+    sys.stdout.buffer.write(to_line(answer))
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,532 @@
+"""Every invariant of raFLoRA and FlexLoRA, on non-square layers, against a dense reference."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from dense_reference import Client, average_of_changes, flexlora, raflora, truncated
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from common.adapter import Factors
+from common.errors import AdapterMismatch, ConfigError, InvalidRequest, NotFinite, WrongRank
+from coordinator.aggregation.method import (
+    METHODS,
+    Merged,
+    MethodOptions,
+    flexlora_weights,
+    make_method,
+    raflora_weights,
+)
+
+RAFLORA = MethodOptions("raflora")
+FLEXLORA = MethodOptions("flexlora")
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+TOLERANCE = 2e-6  # the result is float32
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A previous global adapter's module and a round's clients; clients[k].A and .B are exact in float32."""
+
+    previous: Factors
+    clients: tuple[Client, ...]
+    seed: int
+
+    @property
+    def rank(self) -> int:
+        return self.previous.rank
+
+    @property
+    def ranks(self) -> list[int]:
+        return [c.rank for c in self.clients]
+
+    @property
+    def num_examples(self) -> list[int]:
+        return [c.num_examples for c in self.clients]
+
+    @property
+    def PB(self) -> np.ndarray:
+        return self.previous.lora_B.astype(np.float64)
+
+    @property
+    def PA(self) -> np.ndarray:
+        return self.previous.lora_A.astype(np.float64)
+
+    def scale(self) -> float:
+        """A norm that bounds the result: what an error is measured against."""
+        return float(np.linalg.norm(product(self.previous)) + sum(np.linalg.norm(c.update()) for c in self.clients))
+
+
+def single(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32).astype(np.float64)
+
+
+def product(factors: Factors) -> np.ndarray:
+    return factors.lora_B.astype(np.float64) @ factors.lora_A.astype(np.float64)
+
+
+def factors_of(client: Client) -> Factors:
+    return Factors(client.A, (client.scaling * client.B).astype(np.float32))
+
+
+def merge(federation: Federation, options: MethodOptions = RAFLORA) -> Merged:
+    return make_method(options)(
+        federation.previous, [factors_of(c) for c in federation.clients], federation.num_examples
+    )
+
+
+def global_module(rng: np.random.Generator, m: int, n: int, rank: int, *, trained: bool = True) -> Factors:
+    """U S and V^T with a spectrum of distinct values, or lora_B = 0 as in round 0."""
+    U, _ = np.linalg.qr(rng.standard_normal((m, rank)))
+    V, _ = np.linalg.qr(rng.standard_normal((n, rank)))
+    S = (1.0 + np.arange(rank)) ** -0.7 if trained else np.zeros(rank)
+    return Factors(V.T, U * S)
+
+
+def untrained(federation: Federation) -> Federation:
+    """Everybody returns exactly the slice it was sent."""
+    previous = federation.previous
+    clients = tuple(
+        Client(previous.lora_B[:, : c.rank].astype(float), previous.lora_A[: c.rank].astype(float), c.num_examples)
+        for c in federation.clients
+    )
+    return replace(federation, clients=clients)
+
+
+@st.composite
+def federations(draw: st.DrawFn, *, equal_ranks: bool = False, trained: bool = True) -> Federation:
+    m, n = draw(st.sampled_from([(13, 9), (9, 14), (30, 17), (16, 41)]))
+    rank = draw(st.integers(1, min(m, n)))
+    levels = [rank] if equal_ranks else draw(st.lists(st.integers(1, rank), min_size=1, max_size=4))
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    clients = []
+    for r in draw(st.lists(st.sampled_from(levels), min_size=1, max_size=6)):
+        scaling = draw(st.sampled_from([0.5, 1.0, 2.0, 16.0]))  # powers of two: exact in float32
+        clients.append(
+            Client(
+                single(rng.standard_normal((m, r))) / scaling,
+                single(rng.standard_normal((r, n))),
+                draw(st.integers(1, 49)),
+                scaling,
+            )
+        )
+    return Federation(global_module(rng, m, n, rank, trained=trained), tuple(clients), seed)
+
+
+floors = st.sampled_from([0.0, 0.1, 0.35, 1.0])
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray, federation: Federation) -> None:
+    assert np.linalg.norm(found - expected) <= TOLERANCE * federation.scale()
+
+
+# --- The result is what the blackboard says
+
+
+@quick
+@given(federations(), floors)
+def test_raflora_is_the_truncated_sum_over_partitions(f: Federation, floor: float) -> None:  # I11, I18 (lam = 1)
+    W = raflora(f.clients, f.PB, f.PA, weight_floor=floor)
+    merged = merge(f, replace(RAFLORA, weight_floor=floor))
+    assert_same(product(merged.factors), truncated(W, f.rank), f)
+    lost = np.linalg.norm(W - truncated(W, f.rank)) ** 2
+    assert merged.energy_lost == pytest.approx(lost, rel=1e-6, abs=1e-12 * f.scale() ** 2)
+
+
+@quick
+@given(federations())
+def test_flexlora_is_the_truncated_average_of_products(f: Federation) -> None:
+    assert_same(product(merge(f, FLEXLORA).factors), truncated(flexlora(f.clients), f.rank), f)
+
+
+@quick
+@given(federations(), floors, st.sampled_from(sorted(METHODS)))
+def test_factors_are_in_canonical_form(f: Federation, floor: float, name: str) -> None:
+    merged = merge(f, MethodOptions(name, floor if name == "raflora" else 0.0))
+    A, B = merged.factors.lora_A.astype(np.float64), merged.factors.lora_B.astype(np.float64)
+    norms = np.linalg.norm(B, axis=0)
+    assert A.shape == f.PA.shape
+    assert B.shape == f.PB.shape
+    np.testing.assert_allclose(A @ A.T, np.eye(f.rank), atol=1e-6)  # also where the singular value is zero
+    np.testing.assert_allclose(B.T @ B, np.diag(norms**2), atol=1e-5 * max(1.0, norms[0] ** 2))
+    assert np.all(np.diff(norms) <= 1e-6 * norms[0])
+    assert np.all(np.take_along_axis(A, np.abs(A).argmax(axis=1)[:, None], axis=1) > 0)  # the sign rule
+
+
+@quick
+@given(federations(), st.integers(1, 9), st.sampled_from([0.5, 3.0, 16.0]))
+def test_a_slice_times_its_scaling_is_the_truncated_svd(f: Federation, rank: int, scaling: float) -> None:  # I14
+    rank = min(rank, f.rank)
+    factors = merge(f).factors
+    handed_down = scaling * (factors.lora_B[:, :rank] / np.float32(scaling)).astype(float) @ factors.lora_A[:rank]
+    assert_same(handed_down, truncated(raflora(f.clients, f.PB, f.PA), rank), f)
+
+
+# --- What must not matter
+
+
+@quick
+@given(federations(), st.randoms(use_true_random=False), st.sampled_from([RAFLORA, FLEXLORA]))
+def test_the_order_of_clients_does_not_matter(f: Federation, random: object, options: MethodOptions) -> None:  # I2
+    shuffled = list(f.clients)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    other = merge(replace(f, clients=tuple(shuffled)), options)
+    assert_same(product(other.factors), product(merge(f, options).factors), f)
+
+
+@quick
+@given(federations(), st.integers(2, 10**6), floors)
+def test_only_shares_of_examples_matter(f: Federation, times: int, floor: float) -> None:  # I5
+    options = replace(RAFLORA, weight_floor=floor)
+    scaled = replace(f, clients=tuple(replace(c, num_examples=times * c.num_examples) for c in f.clients))
+    assert_same(product(merge(scaled, options).factors), product(merge(f, options).factors), f)
+
+
+@quick
+@given(federations(), floors)
+def test_a_client_split_in_two_halves_changes_nothing(f: Federation, floor: float) -> None:  # I6
+    options = replace(RAFLORA, weight_floor=floor)
+    doubled = [replace(c, num_examples=2 * c.num_examples) for c in f.clients]
+    halves = (f.clients[0], f.clients[0], *doubled[1:])
+    whole = replace(f, clients=tuple(doubled))
+    assert_same(product(merge(replace(f, clients=halves), options).factors), product(merge(whole, options).factors), f)
+
+
+@quick
+@given(federations(), st.lists(st.integers(1, 17), max_size=5), floors)
+def test_superfluous_levels_change_nothing(f: Federation, extra: list[int], floor: float) -> None:  # I7
+    levels = [min(level, f.rank) for level in extra]
+    W = raflora(f.clients, f.PB, f.PA, levels=levels, weight_floor=floor)
+    assert_same(product(merge(f, replace(RAFLORA, weight_floor=floor)).factors), truncated(W, f.rank), f)
+
+
+@quick
+@given(federations(), st.sampled_from([RAFLORA, FLEXLORA]))
+def test_sign_flips_of_pairs_change_nothing(f: Federation, options: MethodOptions) -> None:  # I9
+    rng = np.random.default_rng(f.seed)
+    flipped = []
+    for c in f.clients:
+        signs = rng.choice([-1.0, 1.0], size=c.rank)
+        flipped.append(replace(c, B=c.B * signs, A=signs[:, None] * c.A))
+    other = merge(replace(f, clients=tuple(flipped)), options)
+    assert_same(product(other.factors), product(merge(f, options).factors), f)
+
+
+@quick
+@given(federations())
+def test_mixing_inside_a_partition_changes_nothing(f: Federation) -> None:  # I10
+    rng = np.random.default_rng(f.seed)
+    bounds = sorted(set(f.ranks))
+    mixed = tuple(rotated(c, bounds, rng) for c in f.clients)
+    assert_same(product(merge(replace(f, clients=mixed)).factors), product(merge(f).factors), f)
+
+
+def rotated(client: Client, bounds: Sequence[int], rng: np.random.Generator) -> Client:
+    """The same product, its directions mixed within each of these partitions."""
+    Q = np.zeros((client.rank, client.rank))
+    for low, high in zip([0, *bounds], bounds, strict=False):
+        if high <= client.rank:
+            Q[low:high, low:high], _ = np.linalg.qr(rng.standard_normal((high - low, high - low)))
+    return replace(client, B=client.B @ Q, A=Q.T @ client.A)
+
+
+def test_mixing_across_partitions_changes_raflora_but_not_flexlora() -> None:  # I10, the other way round
+    rng = np.random.default_rng(5)
+    clients = tuple(Client(rng.standard_normal((12, r)), rng.standard_normal((r, 10)), 10) for r in (2, 6))
+    f = Federation(global_module(rng, 12, 10, 6), clients, seed=5)
+    across = replace(f, clients=(clients[0], rotated(clients[1], [6], rng)))
+    moved = np.linalg.norm(product(merge(across).factors) - product(merge(f).factors))
+    assert moved > 0.05 * np.linalg.norm(product(merge(f).factors))
+    assert_same(product(merge(across, FLEXLORA).factors), product(merge(f, FLEXLORA).factors), f)
+
+
+@quick
+@given(federations(), st.sampled_from([RAFLORA, FLEXLORA]))
+def test_folding_the_scaling_into_lora_B_changes_nothing(f: Federation, options: MethodOptions) -> None:  # I15
+    folded = tuple(replace(c, B=c.scaling * c.B, scaling=1.0) for c in f.clients)
+    other = merge(replace(f, clients=folded), options)
+    assert np.array_equal(other.factors.lora_B, merge(f, options).factors.lora_B)  # exact: powers of two
+
+
+# --- Who decides what
+
+
+@quick
+@given(federations(equal_ranks=True))
+def test_with_equal_ranks_raflora_is_flexlora(f: Federation) -> None:  # I1
+    assert_same(product(merge(f).factors), product(merge(f, FLEXLORA).factors), f)
+
+
+@quick
+@given(federations())
+def test_one_client_decides_its_rank_and_the_rest_is_carried(f: Federation) -> None:  # I3, I12
+    alone = replace(f, clients=f.clients[:1])
+    rank = f.clients[0].rank
+    W = f.clients[0].update() + f.PB[:, rank:] @ f.PA[rank:]
+    assert_same(product(merge(alone).factors), truncated(W, f.rank), f)
+
+
+@quick
+@given(federations())
+def test_an_uncovered_partition_is_carried(f: Federation) -> None:  # I12
+    silent = tuple(replace(c, B=0.0 * c.B) for c in f.clients)
+    rank = max(f.ranks)
+    merged = merge(replace(f, clients=silent))
+    assert_same(product(merged.factors), f.PB[:, rank:] @ f.PA[rank:], f)
+    assert merged.energy_lost == 0.0
+
+
+@quick
+@given(federations(), floors)
+def test_weights_of_every_index_sum_to_one(f: Federation, floor: float) -> None:  # I4
+    weights = raflora_weights(f.ranks, f.num_examples, f.rank, weight_floor=floor)
+    np.testing.assert_allclose(weights.previous + weights.updates.sum(axis=0), 1.0, rtol=1e-12)
+    assert weights.previous.min() >= -1e-15
+    assert weights.updates.min() >= 0.0
+
+
+@quick
+@given(federations(), st.integers(1, 1000))
+def test_a_client_has_no_say_above_its_rank(f: Federation, num_examples: int) -> None:  # I16
+    rank = f.clients[0].rank
+    before = raflora_weights(f.ranks, f.num_examples, f.rank)
+    after = raflora_weights(f.ranks, [num_examples, *f.num_examples[1:]], f.rank)
+    assert np.array_equal(before.updates[:, rank:], after.updates[:, rank:])
+    assert np.array_equal(before.previous[rank:], after.previous[rank:])
+    assert not after.updates[0, rank:].any()
+
+
+@quick
+@given(federations(), st.data())
+def test_a_partition_is_no_larger_than_its_largest_owner_makes_it(f: Federation, data: st.DataObject) -> None:  # I17
+    bounds = sorted(set(f.ranks))
+    h = data.draw(st.integers(0, len(bounds) - 1))
+    low, high = [0, *bounds][h], bounds[h]
+    only_h = []
+    for c in f.clients:
+        B = np.zeros_like(c.B)
+        B[:, low:high] = c.B[:, low:high]
+        only_h.append(replace(c, B=B))
+    empty = Factors(f.previous.lora_A, np.zeros_like(f.previous.lora_B))
+    merged = merge(replace(f, previous=empty, clients=tuple(only_h)))
+    largest = max(float(np.linalg.norm(c.update())) for c in only_h)
+    assert np.linalg.norm(merged.factors.lora_B) <= largest * (1 + 1e-6)
+
+
+@quick
+@given(federations(trained=False), st.floats(-3, 3), st.sampled_from([RAFLORA, FLEXLORA]))
+def test_the_merge_is_linear_in_the_updates(f: Federation, times: float, options: MethodOptions) -> None:  # I8
+    rng = np.random.default_rng(f.seed)
+    # As many clients as fit into the global rank together: nothing is cut off, so sums stay sums.
+    fitting = [c for c, total in zip(f.clients, np.cumsum(f.ranks), strict=True) if total <= f.rank]
+    others = [rng.standard_normal(c.B.shape) for c in fitting]
+
+    def merged_with(*B: np.ndarray) -> np.ndarray:
+        clients = tuple(replace(c, B=b) for c, b in zip(fitting, B, strict=True))
+        return product(merge(replace(f, clients=clients), options).factors)
+
+    found = merged_with(*(c.B + times * other for c, other in zip(fitting, others, strict=True)))
+    expected = merged_with(*(c.B for c in fitting)) + times * merged_with(*others)
+    sizes = [np.linalg.norm(c.scaling * other) * np.linalg.norm(c.A) for c, other in zip(fitting, others, strict=True)]
+    assert np.linalg.norm(found - expected) <= TOLERANCE * (f.scale() + 3 * sum(sizes))
+
+
+# --- The collapse, and that there is none
+
+
+@quick
+@given(federations())
+def test_without_training_raflora_returns_the_previous_adapter(f: Federation) -> None:  # I13
+    merged = merge(untrained(f))
+    np.testing.assert_allclose(product(merged.factors), product(f.previous), atol=1e-6)
+    flips = np.sign(np.sum(merged.factors.lora_A * f.previous.lora_A, axis=1))
+    np.testing.assert_allclose(merged.factors.lora_A * flips[:, None], f.previous.lora_A, atol=1e-5)
+    np.testing.assert_allclose(merged.factors.lora_B * flips, f.previous.lora_B, atol=1e-5)
+
+
+@quick
+@given(federations())
+def test_without_training_flexlora_shrinks_every_direction_by_its_owners_share(f: Federation) -> None:  # I13
+    merged = merge(untrained(f), FLEXLORA)
+    share = np.array([sum(c.num_examples for c in f.clients if c.rank > i) for i in range(f.rank)])
+    share = share / sum(f.num_examples)
+    before = np.linalg.norm(f.PB, axis=0)
+    np.testing.assert_allclose(np.linalg.norm(merged.factors.lora_B, axis=0), share * before, atol=1e-6)
+    np.testing.assert_allclose(product(merged.factors), (f.PB * share) @ f.PA, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(federations(), st.integers(1, 8))
+def test_rho_stays_under_raflora_and_tends_to_one_under_flexlora(f: Federation, rounds: int) -> None:  # I19
+    smallest = min(f.ranks)
+    q = sum(c.num_examples for c in f.clients if c.rank > smallest) / sum(f.num_examples)
+
+    def rho_after(options: MethodOptions) -> float:
+        now = f
+        for _ in range(rounds):
+            now = replace(now, previous=merge(untrained(now), options).factors)
+        return rho(now.previous, smallest)
+
+    before = rho(f.previous, smallest)
+    assert rho_after(RAFLORA) == pytest.approx(before, abs=1e-5)
+    assert 1.0 - rho_after(FLEXLORA) <= (1.0 - before) / before * q ** (2 * rounds) + 1e-6
+
+
+def rho(factors: Factors, rank: int) -> float:
+    energies = np.sum(factors.lora_B.astype(np.float64) ** 2, axis=0)
+    return float(energies[:rank].sum() / energies.sum())
+
+
+# --- The weight floor
+
+
+@quick
+@given(federations())
+def test_a_floor_of_one_is_the_average_of_changes(f: Federation) -> None:  # I18 (lam = q)
+    W = average_of_changes(f.clients, f.PB, f.PA)
+    assert_same(product(merge(f, replace(RAFLORA, weight_floor=1.0)).factors), truncated(W, f.rank), f)
+
+
+@quick
+@given(federations(), st.floats(0.01, 1.0))
+def test_a_lone_owner_weighs_no_more_than_its_share_over_the_floor(f: Federation, floor: float) -> None:
+    weights = raflora_weights(f.ranks, f.num_examples, f.rank, weight_floor=floor)
+    bound = np.array(f.num_examples) / (floor * sum(f.num_examples))
+    assert np.all(weights.updates <= bound[:, None] * (1 + 1e-12))
+
+
+def test_the_floor_by_hand() -> None:
+    # Clients of rank 1 and 2 with 90 and 10 examples: index 1 has a tenth of the examples, the floor is a half.
+    weights = raflora_weights([1, 2], [90, 10], 3, weight_floor=0.5)
+    np.testing.assert_allclose(weights.updates, [[0.9, 0.0, 0.0], [0.1, 0.2, 0.0]])
+    np.testing.assert_allclose(weights.previous, [0.0, 0.8, 1.0])
+
+
+def test_weights_by_hand() -> None:
+    weights = raflora_weights([1, 3], [30, 10], 4)
+    np.testing.assert_allclose(weights.updates, [[0.75, 0, 0, 0], [0.25, 1, 1, 0]])
+    assert weights.previous.tolist() == [0, 0, 0, 1]
+    np.testing.assert_allclose(flexlora_weights([1, 3], [30, 10], 4).updates, [[0.75, 0, 0, 0], [0.25, 0.25, 0.25, 0]])
+    assert not flexlora_weights([1, 3], [30, 10], 4).previous.any()
+
+
+# --- Nothing dies, nothing explodes
+
+
+@quick
+@given(federations(trained=False))
+def test_the_first_rounds_shared_lora_A_leaves_no_dead_direction(f: Federation) -> None:
+    # Everybody trains lora_B only, on nested slices of one lora_A: the stack's rank is the largest client's.
+    clients = tuple(replace(c, A=f.PA[: c.rank]) for c in f.clients)
+    factors = merge(replace(f, clients=clients)).factors
+    live = min(max(f.ranks), f.PB.shape[0])
+    assert not factors.lora_B[:, live:].any()
+    assert_alive(factors)
+    np.testing.assert_allclose(projection(factors.lora_A), projection(f.previous.lora_A), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [RAFLORA, FLEXLORA])
+def test_all_lora_B_zero_keeps_every_direction_of_the_previous_adapter_alive(options: MethodOptions) -> None:
+    rng = np.random.default_rng(1)
+    previous = global_module(rng, 11, 8, 5, trained=False)
+    updates = [Factors(rng.standard_normal((r, 8)), np.zeros((11, r))) for r in (2, 5)]
+    merged = make_method(options)(previous, updates, [3, 4])
+    assert not merged.factors.lora_B.any()
+    assert merged.energy_lost == 0.0
+    assert_alive(merged.factors)
+    np.testing.assert_allclose(np.abs(merged.factors.lora_A), np.abs(previous.lora_A), atol=1e-6)
+
+
+def test_updates_that_cancel_leave_zero_and_not_noise() -> None:
+    rng = np.random.default_rng(2)
+    previous = global_module(rng, 12, 9, 4)
+    A, B = rng.standard_normal((4, 9)).astype(np.float32), rng.standard_normal((12, 4)).astype(np.float32)
+    mixed = Factors(A[::-1], -B[:, ::-1])
+    merged = make_method(RAFLORA)(previous, [Factors(A, B), mixed], [7, 7])
+    assert not merged.factors.lora_B.any()
+    assert_alive(merged.factors)
+
+
+def test_directions_are_alive_when_the_live_ones_left_the_previous_row_space() -> None:
+    rng = np.random.default_rng(3)
+    previous = global_module(rng, 12, 9, 5)
+    merged = make_method(FLEXLORA)(previous, [Factors(rng.standard_normal((2, 9)), rng.standard_normal((12, 2)))], [1])
+    assert np.count_nonzero(merged.factors.lora_B.any(axis=0)) == 2
+    assert_alive(merged.factors)
+
+
+def assert_alive(factors: Factors) -> None:
+    """A gradient G of the update reaches lora_B's column i as G lora_A[i], which is zero only if the row is."""
+    np.testing.assert_allclose(factors.lora_A @ factors.lora_A.T, np.eye(factors.rank), atol=1e-6)
+    G = np.random.default_rng(0).standard_normal((factors.lora_B.shape[0], factors.lora_A.shape[1]))
+    assert np.all(np.linalg.norm(G @ factors.lora_A.T, axis=0) > 1e-3)
+
+
+def projection(rows: np.ndarray) -> np.ndarray:
+    return rows.T @ rows
+
+
+def test_more_directions_than_the_layer_has_sides() -> None:
+    rng = np.random.default_rng(4)
+    clients = tuple(
+        Client(single(rng.standard_normal((7, 4))), single(rng.standard_normal((4, 5))), 2) for _ in range(6)
+    )
+    f = Federation(global_module(rng, 7, 5, 5), clients, seed=4)
+    assert_same(product(merge(f).factors), raflora(f.clients, f.PB, f.PA), f)
+
+
+def test_huge_but_finite_values_end_in_a_typed_error() -> None:
+    previous = global_module(np.random.default_rng(6), 6, 4, 2)
+    huge = Factors(np.full((2, 4), 1e30), np.full((6, 2), 1e30))
+    with pytest.raises(NotFinite, match="beyond float32"):
+        make_method(RAFLORA)(previous, [huge], [1])
+
+
+def test_huge_values_that_fit_stay_finite() -> None:
+    previous = global_module(np.random.default_rng(6), 6, 4, 2)
+    large = Factors(np.eye(2, 4), np.full((6, 2), 1e37))
+    tiny = Factors(np.full((1, 4), 1e-30), np.full((6, 1), 1e-30))
+    merged = make_method(RAFLORA)(previous, [large, tiny], [1, 1])
+    assert np.isfinite(merged.factors.lora_B).all()
+    assert_alive(merged.factors)
+    expected = 0.5 * product(large)
+    expected[:, 1] *= 2
+    np.testing.assert_allclose(product(merged.factors), expected, rtol=1e-5, atol=1e31)
+
+
+# --- What a caller can get wrong
+
+
+def test_an_unknown_method_is_named_with_those_that_exist() -> None:
+    with pytest.raises(ConfigError, match="'fedavg' is not known; the methods are flexlora, raflora"):
+        make_method(MethodOptions("fedavg"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (MethodOptions("flexlora", weight_floor=0.1), "flexlora has no weight floor"),
+        (MethodOptions("raflora", weight_floor=1.5), "from 0 to 1"),
+        (MethodOptions("raflora", weight_floor=-0.1), "from 0 to 1"),
+        (MethodOptions("raflora", weight_floor=float("nan")), "from 0 to 1"),
+    ],
+)
+def test_a_setting_that_a_method_does_not_have_is_refused(options: MethodOptions, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_method(options)
+
+
+def test_updates_that_do_not_fit_are_refused() -> None:
+    previous = global_module(np.random.default_rng(7), 6, 4, 2)
+    method = make_method(RAFLORA)
+    with pytest.raises(InvalidRequest, match="0 updates"):
+        method(previous, [], [])
+    with pytest.raises(InvalidRequest, match="num_examples 0"):
+        method(previous, [previous], [0])
+    with pytest.raises(WrongRank, match="rank 3"):
+        method(previous, [Factors(np.zeros((3, 4)), np.zeros((6, 3)))], [1])
+    with pytest.raises(AdapterMismatch, match=r"\(4, 6\)"):
+        method(previous, [Factors(np.zeros((2, 6)), np.zeros((4, 2)))], [1])

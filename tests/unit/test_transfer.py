@@ -1,0 +1,139 @@
+"""Transfers that are cut, resumed and lied about."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common import transfer
+from common.codec import digest_of
+from common.errors import CorruptTransfer, InvalidRequest, WrongOffset, WrongSize
+from common.transfer import Expected, PartFile, check_digest, chunks_of, write_durably
+
+CONTENT = bytes(range(250)) * 4
+
+
+def expected(content: bytes = CONTENT) -> Expected:
+    return Expected(digest_of(content), len(content), "client ada")
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Path:
+    return tmp_path / "slice.part"
+
+
+@given(
+    content=st.binary(min_size=1, max_size=400),
+    cuts=st.lists(st.integers(0, 400), max_size=5),
+    chunk_bytes=st.integers(1, 50),
+)
+def test_wherever_a_transfer_is_cut_it_ends_with_the_same_bytes(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, cuts: list[int], chunk_bytes: int
+) -> None:
+    folder = tmp_path_factory.mktemp("transfer")
+    for cut in [*sorted(cuts), len(content)]:
+        attempt = PartFile(folder / "part", expected(content))
+        try:
+            for start in range(attempt.committed_bytes, min(cut, len(content)), chunk_bytes):
+                attempt.append(start, content[start : min(start + chunk_bytes, cut)])
+        finally:
+            attempt.close()
+    last = PartFile(folder / "part", expected(content))
+    assert last.is_complete
+    last.finish(folder / "whole")
+    assert (folder / "whole").read_bytes() == content
+    assert not (folder / "part").exists()
+
+
+def test_only_synced_bytes_count_as_committed(part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "SYNC_BYTES", 300)
+    attempt = PartFile(part, expected())
+    attempt.append(0, CONTENT[:200])
+    assert attempt.committed_bytes == 0
+    attempt.append(200, CONTENT[200:350])
+    assert attempt.committed_bytes == 350
+    attempt.append(350, CONTENT[350:400])
+    attempt.sync()
+    assert attempt.committed_bytes == 400
+    attempt.close()
+
+
+def test_what_a_dead_process_left_is_made_durable_before_it_counts(part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part.write_bytes(CONTENT[:300])
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    attempt = PartFile(part, expected())
+    assert synced
+    assert attempt.committed_bytes == 300
+    attempt.close()
+
+
+@pytest.mark.parametrize("offset", [0, 99, 101, 10**9, -1])
+def test_a_wrong_offset_writes_nothing_and_names_the_right_one(part: Path, offset: int) -> None:
+    attempt = PartFile(part, expected())
+    attempt.append(0, CONTENT[:100])
+    with pytest.raises(WrongOffset, match=f"client ada: chunk at byte {offset}, expected 100") as caught:
+        attempt.append(offset, b"x" * 10)
+    assert caught.value.committed_bytes == 100
+    attempt.append(100, CONTENT[100:])
+    attempt.finish(part.with_name("whole"))
+    assert part.with_name("whole").read_bytes() == CONTENT
+
+
+def test_a_byte_too_many_is_refused_and_not_written(part: Path) -> None:
+    attempt = PartFile(part, expected())
+    attempt.append(0, CONTENT[:-1])
+    with pytest.raises(WrongSize, match=f"more bytes than the {len(CONTENT)}"):
+        attempt.append(len(CONTENT) - 1, CONTENT[-1:] + b"!")
+    attempt.append(len(CONTENT) - 1, CONTENT[-1:])
+    attempt.finish(part.with_name("whole"))
+
+
+@pytest.mark.parametrize("content", [CONTENT[::-1], CONTENT[:-1], b""], ids=["other bytes", "too few", "none"])
+def test_other_bytes_than_announced_get_no_name_and_are_forgotten(part: Path, content: bytes) -> None:
+    attempt = PartFile(part, expected())
+    attempt.append(0, content)
+    with pytest.raises(CorruptTransfer, match=f"{len(content)} bytes .* expected {len(CONTENT)}"):
+        attempt.finish(part.with_name("whole"))
+    assert not part.with_name("whole").exists()
+    assert attempt.committed_bytes == 0
+    attempt.append(0, CONTENT)
+    attempt.finish(part.with_name("whole"))
+    assert part.with_name("whole").read_bytes() == CONTENT
+
+
+def test_a_part_longer_than_announced_is_begun_anew(part: Path) -> None:
+    part.write_bytes(CONTENT + b"of something else")
+    attempt = PartFile(part, expected())
+    assert attempt.committed_bytes == 0
+    attempt.close()
+
+
+def test_a_file_is_sent_from_any_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 300)
+    file = tmp_path / "blob"
+    file.write_bytes(CONTENT)
+    assert [len(chunk) for chunk in chunks_of(file)] == [300, 300, 300, 100]
+    assert b"".join(chunks_of(file, 123)) == CONTENT[123:]
+    assert list(chunks_of(file, len(CONTENT))) == []
+    for offset in (-1, len(CONTENT) + 1):
+        with pytest.raises(WrongOffset) as caught:
+            list(chunks_of(file, offset))
+        assert caught.value.committed_bytes == len(CONTENT)
+
+
+def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "state.json"
+    write_durably(file, b"one")
+    write_durably(file, b"two")
+    assert file.read_bytes() == b"two"
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("digest", ["", "abc", "G" * 64, "A" * 64, "0" * 65, "0" * 64 + "\n", "../" + "0" * 61])
+def test_only_a_digest_is_a_digest(digest: str) -> None:
+    with pytest.raises(InvalidRequest, match="client ada"):
+        check_digest(digest, "client ada")
+    assert check_digest("0" * 64, "client ada") == "0" * 64

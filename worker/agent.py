@@ -1,0 +1,186 @@
+"""The worker's loop: shake hands, load, join, then ask for tasks until the federation is over.
+
+Speaks to the coordinator and to the trainer process; never imports torch.
+"""
+
+import structlog
+
+from common.adapter import AdapterSpec, ModuleShape, TensorShape
+from common.codec import Layout, WireDtype
+from common.errors import (
+    BaseModelMismatch,
+    IdentityConflict,
+    InvalidRequest,
+    ProtocolTooOld,
+    RafloraError,
+    SpecMismatch,
+    UnknownClient,
+)
+from worker.assignment import Assignment, LeaseLost, Means, Terms
+from worker.messages import Enrolment, Place, RankProfile, Task, Welcome
+from worker.policy import check_base_model
+from worker.supervisor import TaskFailed
+from worker.trainer_protocol import Load, Loaded, ModelOrder
+
+LEAVE_SECONDS = 5.0
+_SHORTEST_POLL_SECONDS = 1.0  # however fast a coordinator says that there is nothing to do
+_MAX_MESSAGE_CHARACTERS = 1000
+
+# What no retry mends: the worker ends and says why.
+FINAL: tuple[type[RafloraError], ...] = (IdentityConflict, BaseModelMismatch, SpecMismatch, ProtocolTooOld)
+_NOT_OF_ONE_TASK: tuple[type[RafloraError], ...] = (*FINAL, UnknownClient)
+
+log = structlog.get_logger()
+
+
+class Agent:
+    """One worker of one federation."""
+
+    def __init__(self, client_id: str, means: Means) -> None:
+        self._client_id = client_id
+        self._means = means
+        self._said = ""
+
+    async def run(self) -> None:
+        """Works until the federation is over.
+
+        Raises PolicyRefused or TaskFailed if this site cannot take part, UnknownClient if it may not
+        (it was evicted), and the errors in FINAL.
+        """
+        forgotten = 0
+        while True:
+            welcome = await self._means.contact.insist(self._means.client.handshake)
+            loaded = await self._load(welcome)
+            terms = await self._join(welcome, loaded)
+            try:
+                await self._serve(terms)
+                return
+            except UnknownClient as error:
+                # A coordinator that lost its state; one that evicted us refuses the next join.
+                forgotten += 1
+                log.warning("joining again", why=str(error))
+                await self._means.contact.pause(forgotten)
+
+    async def leave(self) -> None:
+        """Says goodbye, if somebody listens."""
+        try:
+            await self._means.client.leave(LEAVE_SECONDS)
+            log.info("left the federation")
+        except RafloraError as error:
+            log.info("left without a goodbye", why=str(error))
+
+    async def _load(self, welcome: Welcome) -> Loaded:
+        """What the trainer holds once it has loaded what the federation asks for."""
+        config, model = self._means.config, welcome.model
+        if model.base_model_digest:
+            check_base_model(config.policy, model.base_model_digest, f"the federation {welcome.federation}")
+        if model.global_rank < 1:
+            raise InvalidRequest(f"handshake: global rank {model.global_rank}, expected at least 1")
+        order = ModelOrder(
+            task=model.task,
+            labels=model.labels,
+            target_modules=model.target_modules,
+            modules_to_save=model.modules_to_save,
+            lora_rank=min(config.rank, model.global_rank),
+            seed=model.seed,
+        )
+        log.info("loading", federation=welcome.federation, base_model=model.base_model, task=model.task)
+        loaded = await self._means.trainer.load(Load(config.model_dump_json(), order))
+        check_base_model(config.policy, loaded.base_model_digest, "model.path")
+        return loaded
+
+    async def _join(self, welcome: Welcome, loaded: Loaded) -> Terms:
+        spec = AdapterSpec(
+            tuple(ModuleShape(*module) for module in loaded.modules),
+            tuple(TensorShape(*tensor) for tensor in loaded.tensors),
+        )
+        profile = RankProfile(
+            max_rank=min(self._means.config.rank, spec.largest_rank),
+            device=loaded.device,
+            memory_bytes=loaded.memory_bytes,
+            num_examples=loaded.num_examples,
+        )
+        enrolment = Enrolment(welcome.protocol, profile, loaded.base_model_digest, spec)
+        try:
+            place = await self._means.contact.insist(lambda: self._means.client.join(enrolment))
+        except UnknownClient as error:
+            raise UnknownClient(
+                f"coordinator {self._means.client.address} does not let {self._client_id} in any more: {error}"
+            ) from None
+        terms = Terms(spec, _wire_dtype(place), profile.max_rank, profile.num_examples, place.heartbeat_seconds)
+        size_bytes = Layout(spec, place.lora_rank, terms.wire_dtype).size_bytes
+        log.info(
+            "joined",
+            federation=welcome.federation,
+            rank=place.lora_rank,
+            examples=profile.num_examples,
+            adapter_kb=round(size_bytes / 1000, 1),
+            device=loaded.device,
+        )
+        self._say(place.status_sentence)
+        return terms
+
+    async def _serve(self, terms: Terms) -> None:
+        """One task after the other. Raises UnknownClient when the coordinator no longer knows this client."""
+        contact, clock = self._means.contact, self._means.clock
+        failures = 0
+        while True:
+            asked_at = clock.now()
+            polled = await contact.insist(self._means.client.poll_task)
+            for task in polled.tasks:
+                failures = 0 if await self._do(task, terms) else failures + 1
+            if polled.is_finished:
+                log.info("the federation is over", why=polled.status_sentence)
+                return
+            if failures:
+                await contact.pause(failures)
+            elif not polled.tasks:
+                self._say(polled.status_sentence)
+                await clock.sleep(max(0.0, _SHORTEST_POLL_SECONDS - (clock.now() - asked_at)))
+
+    async def _do(self, task: Task, terms: Terms) -> bool:
+        """Whether the task was done, or was no longer wanted; otherwise it was given back with a reason."""
+        try:
+            outcome = await Assignment(self._means, terms, task).carry_out()
+        except LeaseLost as error:
+            log.info("dropped", why=str(error))
+        except _NOT_OF_ONE_TASK:
+            raise
+        except TaskFailed as error:
+            await self._give_back(task, error.word, str(error))
+            return False
+        except RafloraError as error:
+            await self._give_back(task, error.reason, str(error))
+            return False
+        except Exception as error:
+            # A bug or a full disk must cost a task, not the worker.
+            log.exception("unexpected", round=task.round)
+            await self._give_back(task, "worker_error", f"{type(error).__name__}: {error}")
+            return False
+        else:
+            log.info("submitted", round=task.round, task=task.kind.value, outcome=outcome.value)
+        return True
+
+    async def _give_back(self, task: Task, word: str, message: str) -> None:
+        client, contact = self._means.client, self._means.contact
+        log.warning("task failed", round=task.round, reason=word, message=message)
+        try:
+            await contact.insist(lambda: client.fail_task(task.lease_token, word, message[:_MAX_MESSAGE_CHARACTERS]))
+        except _NOT_OF_ONE_TASK:
+            raise
+        except RafloraError as error:
+            log.info("the coordinator wants that task no more", why=str(error))
+
+    def _say(self, sentence: str) -> None:
+        """Why nothing happens, once."""
+        if sentence and sentence != self._said:
+            log.info("waiting", why=sentence)
+        self._said = sentence
+
+
+def _wire_dtype(place: Place) -> WireDtype:
+    try:
+        return WireDtype(place.wire_dtype)
+    except ValueError:
+        known = ", ".join(WireDtype)
+        raise InvalidRequest(f"join: wire dtype {place.wire_dtype!r}, this version knows {known}") from None

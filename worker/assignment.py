@@ -1,0 +1,222 @@
+"""One task from its slice to its submission, under a lease that a heartbeat keeps.
+
+The work and the heartbeat are two tasks of one event loop; whichever ends first ends the other.
+"""
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from common.adapter import AdapterSpec
+from common.codec import Layout, WireDtype, check_file
+from common.errors import AdapterMismatch, RafloraError, UnknownTask
+from worker import egress, uploads
+from worker.client import CoordinatorClient
+from worker.config import WorkerConfig
+from worker.contact import Clock, Contact, may_pass
+from worker.downloads import Slices
+from worker.messages import Blob, Evaluation, Outcome, Progress, Task, TaskKind, Update
+from worker.policy import check_task
+from worker.supervisor import TaskFailed, TrainerProcess
+from worker.trainer_protocol import Evaluate, ProgressMade, Train
+
+HEARTBEAT_JITTER = 0.2
+_SHORTEST_HEARTBEAT_SECONDS = 0.1
+_LONGEST_HEARTBEAT_SECONDS = 3600.0
+
+Result = TypeVar("Result")
+
+log = structlog.get_logger()
+
+
+class LeaseLost(RafloraError):
+    """The coordinator took the task back; nothing is owed any more."""
+
+    reason = "lease_lost"
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a worker works with."""
+
+    config: WorkerConfig
+    client: CoordinatorClient
+    trainer: TrainerProcess
+    contact: Contact
+    clock: Clock
+
+    @property
+    def slices(self) -> Slices:
+        """The slices on disk."""
+        return Slices(self.config.state_dir / "slices", self.client, self.contact)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what this client has joined."""
+
+    spec: AdapterSpec
+    wire_dtype: WireDtype
+    max_rank: int
+    num_examples: int
+    heartbeat_seconds: float
+
+
+class Assignment:
+    """One task in the hands of this worker."""
+
+    def __init__(self, means: Means, terms: Terms, task: Task) -> None:
+        self._means = means
+        self._terms = terms
+        self._task = task
+        self._layout = Layout(terms.spec, task.lora_rank, terms.wire_dtype)
+        self._progress = Progress("downloading")
+
+    async def carry_out(self) -> Outcome:
+        """Does the task and commits its result.
+
+        Raises PolicyRefused, LeaseLost, TaskFailed, TrainerDied, or what the coordinator found wrong.
+        """
+        check_task(
+            self._means.config.policy,
+            self._task,
+            max_rank=self._terms.max_rank,
+            num_examples=self._terms.num_examples,
+        )
+        if self._task.adapter.size_bytes != self._layout.size_bytes:
+            raise AdapterMismatch(
+                f"round {self._task.round}: the slice has {self._task.adapter.size_bytes} bytes, but rank "
+                f"{self._task.lora_rank} in {self._terms.wire_dtype} is exactly {self._layout.size_bytes}"
+            )
+        client, contact = self._means.client, self._means.contact
+        # The heartbeat ends before the submission: the lease ends with it, and that must not look like a loss.
+        if self._task.kind is TaskKind.EVALUATE:
+            evaluation = await self._under_lease(self._evaluate())
+            return await contact.insist(lambda: client.submit_evaluation(evaluation))
+        update = await self._under_lease(self._train())
+        return await contact.insist(lambda: client.submit_update(update))
+
+    async def _train(self) -> Update:
+        config, task = self._means.config, self._task
+        slice_path = await self._means.slices.fetch(task.adapter)
+        update_path = (config.state_dir / "update.safetensors").absolute()
+        self._progress = Progress("training")
+        order = Train(
+            slice_path=str(slice_path.absolute()),
+            update_path=str(update_path),
+            lora_rank=task.lora_rank,
+            scaling=task.scaling,
+            wire_dtype=self._terms.wire_dtype.value,
+            plan=task.plan,
+        )
+        trained = await self._means.trainer.train(order, self._note)
+        metrics = _finite(trained.metrics)
+        await asyncio.to_thread(check_file, update_path, self._layout, "own update")
+        blob = await asyncio.to_thread(_blob_of, update_path)
+        self._progress = Progress("uploading", step=self._progress.step, total_steps=self._progress.total_steps)
+        await self._report("update", blob, trained.num_examples, metrics)
+        upload = uploads.Upload(update_path, blob, task.lease_token)
+        await uploads.send(upload, self._means.client, self._means.contact)
+        log.info(
+            "trained",
+            round=task.round,
+            rank=task.lora_rank,
+            seconds=round(trained.seconds, 1),
+            sent_kb=round(blob.size_bytes / 1000, 1),
+            **{name: round(value, 4) for name, value in metrics.items()},
+        )
+        return Update(task, blob, trained.num_examples, metrics, trained.seconds)
+
+    async def _evaluate(self) -> Evaluation:
+        task = self._task
+        slice_path = await self._means.slices.fetch(task.adapter)
+        self._progress = Progress("evaluating")
+        order = Evaluate(
+            slice_path=str(slice_path.absolute()),
+            lora_rank=task.lora_rank,
+            scaling=task.scaling,
+            wire_dtype=self._terms.wire_dtype.value,
+        )
+        evaluated = await self._means.trainer.evaluate(order, self._note)
+        metrics = _finite(evaluated.metrics)
+        await self._report("evaluation", Blob(task.adapter.digest, 0), evaluated.num_examples, metrics)
+        log.info("evaluated", round=task.round, **{name: round(value, 4) for name, value in metrics.items()})
+        return Evaluation(task, evaluated.num_examples, metrics)
+
+    async def _report(self, kind: str, blob: Blob, num_examples: int, metrics: Mapping[str, float]) -> None:
+        departure = egress.Departure(
+            kind=kind,
+            round=self._task.round,
+            attempt=self._task.attempt,
+            digest=blob.digest,
+            size_bytes=blob.size_bytes,
+            num_tensors=len(self._layout.shapes) if blob.size_bytes else 0,
+            dtype=self._terms.wire_dtype.value,
+            lora_rank=self._task.lora_rank,
+            num_examples=num_examples,
+            metrics=metrics,
+        )
+        time = datetime.fromtimestamp(self._means.clock.wall_time(), UTC).isoformat(timespec="seconds")
+        await asyncio.to_thread(egress.record, self._means.config.state_dir, departure, time=time)
+
+    def _note(self, made: ProgressMade) -> None:
+        self._progress = Progress(made.activity, made.step, made.total_steps, made.train_loss)
+
+    async def _under_lease(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The work's result. Raises LeaseLost, with the work dropped, when the coordinator wants it no more."""
+        working = asyncio.create_task(work)
+        beating = asyncio.create_task(self._keep_lease())
+        try:
+            await asyncio.wait({working, beating}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            beating.result()
+            raise LeaseLost(f"round {self._task.round}: the coordinator took the task back")
+        finally:
+            working.cancel()
+            beating.cancel()
+            await asyncio.gather(working, beating, return_exceptions=True)
+
+    async def _keep_lease(self) -> None:
+        """Returns when the coordinator says stop; while it is out of reach the work goes on."""
+        client, contact, clock = self._means.client, self._means.contact, self._means.clock
+        while True:
+            await clock.sleep(_interval(self._terms.heartbeat_seconds, clock.chance()))
+            try:
+                goes_on = await client.heartbeat(self._task.lease_token, self._progress)
+            except UnknownTask:
+                return
+            except RafloraError as error:
+                if not may_pass(error):
+                    raise
+                contact.lost(error)
+                continue
+            contact.made()
+            if not goes_on:
+                return
+
+
+def _interval(heartbeat_seconds: float, chance: float) -> float:
+    """The pause before the next heartbeat: spread out, so that a thousand workers do not beat as one."""
+    within = min(max(heartbeat_seconds, _SHORTEST_HEARTBEAT_SECONDS), _LONGEST_HEARTBEAT_SECONDS)
+    return within * (1 + HEARTBEAT_JITTER * (2 * chance - 1))
+
+
+def _finite(metrics: Mapping[str, float]) -> Mapping[str, float]:
+    """The metrics themselves. Raises TaskFailed if one of them is no number."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise TaskFailed("diverged", f"the trainer reports {name} = {value}")
+    return metrics
+
+
+def _blob_of(path: Path) -> Blob:
+    with path.open("rb") as file:
+        return Blob(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)

@@ -1,0 +1,347 @@
+"""The coordinator as a worker sees it: one method per RPC, values in, values out.
+
+Protobuf and gRPC stay in here. Nothing is retried in here: who holds the file resumes a broken stream.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable
+from dataclasses import dataclass
+from typing import BinaryIO, TypeVar
+
+import grpc
+import grpc.aio
+from raflora.v1 import federation_pb2 as pb
+from raflora.v1 import federation_pb2_grpc as rpc
+
+from common.adapter import AdapterSpec
+from common.channel import Tls, client_channel, is_loopback
+from common.errors import ConfigError, InvalidRequest, RafloraError
+from common.transfer import CHUNK_BYTES
+from common.version import PROTOCOL, PROTOCOL_OLDEST
+from worker.config import CoordinatorAddress
+from worker.messages import (
+    Blob,
+    Enrolment,
+    Evaluation,
+    ModelRequest,
+    Outcome,
+    Place,
+    Polled,
+    Progress,
+    Task,
+    TaskKind,
+    Update,
+    Welcome,
+)
+from worker.trainer_protocol import Plan
+from worker.wire_errors import meaning_of
+
+POLL_SECONDS = 45.0  # the most that a coordinator grants
+MAX_CALL_BYTES = 64 << 20  # of one upload call: bounds its deadline, and lets connections be rebalanced
+_POLL_GRACE_SECONDS = 15.0
+_STREAM_SECONDS = 30.0  # a stream may take this long and then one second for every
+_SLOWEST_BYTES_PER_SECOND = 64 << 10
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Who is calling."""
+
+    client_id: str
+    enrol_key: str
+    software_version: str
+
+
+class CoordinatorClient:
+    """One connection to one coordinator, opened at the first call.
+
+    Every method has a deadline and raises a class of common.errors: Unavailable if nobody answered,
+    otherwise what the coordinator said.
+    """
+
+    def __init__(self, where: CoordinatorAddress, who: Credentials) -> None:
+        self.address = where.address
+        self._software_version = who.software_version
+        self._me = {"client_id": who.client_id, "enrol_key": who.enrol_key}
+        self._rpc_seconds = where.rpc_timeout_seconds
+        self._channel = client_channel(where.address, tls_of(where))
+        self._stub = rpc.FederationServiceStub(self._channel)
+
+    async def close(self) -> None:
+        """Ends the connection."""
+        await self._channel.close()
+
+    async def handshake(self) -> Welcome:
+        """Agrees on a protocol; tells what to load. Raises ProtocolTooOld."""
+        request = pb.HandshakeRequest(
+            protocol_min=PROTOCOL_OLDEST,
+            protocol_max=PROTOCOL,
+            software_version=self._software_version,
+        )
+        answer = await self._answer(self._stub.Handshake(request, timeout=self._rpc_seconds))
+        return Welcome(
+            protocol=answer.protocol,
+            software_version=answer.software_version,
+            federation=answer.federation,
+            model=ModelRequest(
+                base_model=answer.model.base_model,
+                base_model_digest=answer.model.base_model_digest,
+                task=answer.model.task,
+                labels=tuple(answer.model.labels),
+                target_modules=tuple(answer.model.target_modules),
+                modules_to_save=tuple(answer.model.modules_to_save),
+                global_rank=answer.model.global_rank,
+                seed=answer.model.seed,
+            ),
+        )
+
+    async def join(self, enrolment: Enrolment) -> Place:
+        """Enrols. Raises BaseModelMismatch, SpecMismatch, IdentityConflict, UnknownClient if evicted."""
+        profile = enrolment.profile
+        request = pb.JoinRequest(
+            protocol=enrolment.protocol,
+            **self._me,
+            profile=pb.RankProfile(
+                max_rank=profile.max_rank,
+                device=profile.device,
+                memory_bytes=profile.memory_bytes,
+                num_examples=profile.num_examples,
+                examples_per_second=profile.examples_per_second,
+            ),
+            base_model_digest=enrolment.base_model_digest,
+            spec=_spec(enrolment.spec),
+            software_version=self._software_version,
+        )
+        answer = await self._answer(self._stub.Join(request, timeout=self._rpc_seconds))
+        return Place(
+            lora_rank=answer.lora_rank,
+            manifest_digest=answer.manifest_digest,
+            heartbeat_seconds=answer.heartbeat_seconds,
+            lease_ttl_seconds=answer.lease_ttl_seconds,
+            chunk_bytes=answer.chunk_bytes,
+            wire_dtype=answer.wire_dtype,
+            status_sentence=answer.status_sentence,
+        )
+
+    async def poll_task(self, wait_seconds: float = POLL_SECONDS) -> Polled:
+        """Waits for work."""
+        request = pb.PollTaskRequest(**self._me, wait_seconds=wait_seconds)
+        answer = await self._answer(self._stub.PollTask(request, timeout=wait_seconds + _POLL_GRACE_SECONDS))
+        tasks = (_task(answer.task),) if answer.HasField("task") else ()
+        return Polled(tasks, answer.finished, answer.status_sentence)
+
+    async def heartbeat(self, lease_token: int, progress: Progress) -> bool:
+        """Renews a lease; False: stop the work."""
+        request = pb.HeartbeatRequest(
+            **self._me,
+            lease_token=lease_token,
+            progress=pb.Progress(
+                activity=progress.activity,
+                step=progress.step,
+                total_steps=progress.total_steps,
+                train_loss=progress.train_loss,
+            ),
+        )
+        answer = await self._answer(self._stub.Heartbeat(request, timeout=self._rpc_seconds))
+        return answer.directive != pb.LEASE_DIRECTIVE_STOP
+
+    async def download(self, blob: Blob, offset: int) -> AsyncGenerator[bytes, None]:
+        """The blob's bytes from an offset; may break off with Unavailable anywhere. Close the iterator."""
+        call = self._stub.DownloadAdapter(
+            pb.DownloadAdapterRequest(
+                **self._me,
+                digest=blob.digest,
+                offset=offset,
+            ),
+            timeout=_stream_seconds(blob.size_bytes - offset),
+        )
+        try:
+            async for chunk in call:
+                yield chunk.data
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(error, self.address) from None
+        finally:
+            call.cancel()
+
+    async def begin_upload(self, lease_token: int, blob: Blob) -> int:
+        """Announces an upload; the number of bytes that are durable already."""
+        request = pb.BeginUploadRequest(
+            **self._me,
+            lease_token=lease_token,
+            blob=_blob(blob),
+        )
+        answer = await self._answer(self._stub.BeginUpload(request, timeout=self._rpc_seconds))
+        return answer.committed_bytes
+
+    async def upload(self, blob: Blob, offset: int, source: BinaryIO) -> int:
+        """Streams at most MAX_CALL_BYTES from a file that stands at this offset of the blob.
+
+        Returns the number of bytes that are durable afterwards.
+        Raises WrongOffset with the right one, CorruptTransfer if everything must come again.
+        """
+        metadata = (
+            ("raflora-client-id", self._me["client_id"]),
+            ("raflora-enrol-key", self._me["enrol_key"]),
+            ("raflora-digest", blob.digest),
+            ("raflora-offset", str(offset)),
+        )
+        seconds = _stream_seconds(min(blob.size_bytes - offset, MAX_CALL_BYTES))
+        call = self._stub.UploadAdapter(metadata=metadata, timeout=seconds)
+        try:
+            await _send(call, source)
+            return (await self._answer(call)).committed_bytes
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(error, self.address) from None
+        finally:
+            call.cancel()
+
+    async def query_upload(self, digest: str) -> int:
+        """The number of durable bytes of an upload that was begun."""
+        request = pb.QueryUploadRequest(**self._me, digest=digest)
+        answer = await self._answer(self._stub.QueryUpload(request, timeout=self._rpc_seconds))
+        return answer.committed_bytes
+
+    async def submit_update(self, update: Update) -> Outcome:
+        """Commits an uploaded update; repeating it changes nothing."""
+        request = pb.SubmitUpdateRequest(
+            **self._me,
+            lease_token=update.task.lease_token,
+            round=update.task.round,
+            attempt=update.task.attempt,
+            blob=_blob(update.blob),
+            slice_digest=update.task.adapter.digest,
+            num_examples=update.num_examples,
+            metrics=update.metrics,
+            training_seconds=update.training_seconds,
+        )
+        answer = await self._answer(self._stub.SubmitUpdate(request, timeout=self._rpc_seconds))
+        return _outcome(answer.outcome)
+
+    async def submit_evaluation(self, evaluation: Evaluation) -> Outcome:
+        """Commits an evaluation; repeating it changes nothing."""
+        request = pb.SubmitEvaluationRequest(
+            **self._me,
+            lease_token=evaluation.task.lease_token,
+            round=evaluation.task.round,
+            attempt=evaluation.task.attempt,
+            slice_digest=evaluation.task.adapter.digest,
+            num_examples=evaluation.num_examples,
+            metrics=evaluation.metrics,
+        )
+        answer = await self._answer(self._stub.SubmitEvaluation(request, timeout=self._rpc_seconds))
+        return _outcome(answer.outcome)
+
+    async def fail_task(self, lease_token: int, reason: str, message: str) -> bool:
+        """Gives a task back; whether this client may be given it again."""
+        request = pb.FailTaskRequest(
+            **self._me,
+            lease_token=lease_token,
+            reason=reason,
+            message=message,
+        )
+        return (await self._answer(self._stub.FailTask(request, timeout=self._rpc_seconds))).will_retry
+
+    async def leave(self, timeout_seconds: float) -> None:
+        """Leaves the federation."""
+        request = pb.LeaveRequest(**self._me)
+        await self._answer(self._stub.Leave(request, timeout=timeout_seconds))
+
+    async def _answer(self, call: Awaitable[Answer]) -> Answer:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(error, self.address) from None
+
+
+def tls_of(where: CoordinatorAddress) -> Tls | None:
+    """How to speak to this address; None: in the clear. Raises ConfigError if the site has not decided."""
+    if where.tls is not None:
+        return Tls(where.tls.ca_file, where.tls.certificate_file, where.tls.key_file)
+    if where.insecure or is_loopback(where.address):
+        return None
+    raise ConfigError(
+        f"coordinator.address: {where.address} is not on this machine, so a [coordinator.tls] section is "
+        "needed (it may be empty: the system's authorities then); insecure = true speaks in the clear"
+    )
+
+
+def _error_of(error: grpc.aio.AioRpcError, address: str) -> RafloraError:
+    trailing = {key: value for key, value in error.trailing_metadata() or () if isinstance(value, str)}
+    return meaning_of(error.code().name, error.details() or "no details", trailing, address)
+
+
+async def _send(
+    call: grpc.aio.StreamUnaryCall[pb.UploadAdapterRequest, pb.UploadAdapterResponse], source: BinaryIO
+) -> None:
+    """Writes chunks until there are enough, or until the call is over (its status then says why)."""
+    # write() and not an iterator: an iterator that fails looks like our own cancellation.
+    sent_bytes = 0
+    while sent_bytes < MAX_CALL_BYTES and (chunk := await asyncio.to_thread(source.read, CHUNK_BYTES)):
+        try:
+            await call.write(pb.UploadAdapterRequest(data=chunk))
+        except asyncio.InvalidStateError:
+            return
+        sent_bytes += len(chunk)
+    await call.done_writing()
+
+
+def _stream_seconds(size_bytes: int) -> float:
+    return _STREAM_SECONDS + size_bytes / _SLOWEST_BYTES_PER_SECOND
+
+
+def _blob(blob: Blob) -> pb.BlobReference:
+    return pb.BlobReference(digest=blob.digest, size_bytes=blob.size_bytes)
+
+
+def _spec(spec: AdapterSpec) -> pb.AdapterSpec:
+    return pb.AdapterSpec(
+        modules=[
+            pb.ModuleShape(name=m.name, out_features=m.out_features, in_features=m.in_features) for m in spec.modules
+        ],
+        tensors=[pb.TensorShape(name=t.name, shape=t.shape) for t in spec.tensors],
+    )
+
+
+_KINDS = {pb.TASK_KIND_TRAIN: TaskKind.TRAIN, pb.TASK_KIND_EVALUATE: TaskKind.EVALUATE}
+_OUTCOMES = {
+    pb.SUBMIT_OUTCOME_ACCEPTED: Outcome.ACCEPTED,
+    pb.SUBMIT_OUTCOME_DUPLICATE: Outcome.DUPLICATE,
+    pb.SUBMIT_OUTCOME_STALE: Outcome.STALE,
+    pb.SUBMIT_OUTCOME_SUPERSEDED: Outcome.SUPERSEDED,
+    pb.SUBMIT_OUTCOME_ROUND_CLOSED: Outcome.ROUND_CLOSED,
+}
+
+
+def _task(task: pb.Task) -> Task:
+    if task.kind not in _KINDS:
+        raise InvalidRequest(f"task of round {task.round}: kind {task.kind} is unknown to this version")
+    plan = task.plan
+    return Task(
+        kind=_KINDS[task.kind],
+        round=task.round,
+        attempt=task.attempt,
+        lease_token=task.lease_token,
+        lora_rank=task.lora_rank,
+        scaling=task.scaling,
+        adapter=Blob(task.adapter.digest, task.adapter.size_bytes),
+        plan=Plan(
+            learning_rate=plan.learning_rate,
+            local_steps=plan.local_steps,
+            local_epochs=plan.local_epochs,
+            batch_size=plan.batch_size,
+            weight_decay=plan.weight_decay,
+            max_grad_norm=plan.max_grad_norm,
+            warmup_steps=plan.warmup_steps,
+            seed=plan.seed,
+        ),
+        deadline_seconds=task.deadline_seconds,
+        manifest_digest=task.manifest_digest,
+    )
+
+
+def _outcome(outcome: pb.SubmitOutcome) -> Outcome:
+    if outcome not in _OUTCOMES:
+        raise InvalidRequest(f"submission: outcome {outcome} is unknown to this version")
+    return _OUTCOMES[outcome]

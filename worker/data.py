@@ -1,0 +1,176 @@
+"""This site's data: reads it, splits it, and prepares every example once.
+
+Data is read here and nowhere else, and nothing here sends anything. Every complaint names file, row and column.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from common.errors import RafloraError
+from worker.config import DataConfig
+
+Example: TypeAlias = Mapping[str, Any]  # what the task's collator takes
+FILE_KINDS = (".jsonl", ".csv", ".parquet")
+_PARQUET_BATCH_ROWS = 1024
+_MAX_CELL_CHARACTERS = 16 << 20  # of a csv file; the module's own limit of 128 KiB is too small for long texts
+
+
+class DataError(RafloraError):
+    """This site's data cannot be used as it is; the message says where and why."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "data_error"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record, and where it stands."""
+
+    where: str  # "train.csv, line 7"
+    folder: Path  # what a relative path in the record is relative to
+    values: Mapping[str, Any]
+
+    def __getitem__(self, column: str) -> Any:
+        """The value in a column. Raises DataError that lists the columns there are."""
+        value = self.values.get(column)
+        if value is None:
+            known = ", ".join(str(name) for name in self.values)
+            problem = "is empty" if column in self.values else f"does not exist; there are {known}"
+            raise DataError(f"{self.where}: column {column!r} {problem}")
+        return value
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """The examples of this site, ready for the model."""
+
+    train: Sequence[Example]
+    test: Sequence[Example]
+
+
+def load_data(config: DataConfig, prepare: Callable[[Row], Example], *, seed: int, offline: bool) -> LocalData:
+    """Reads and prepares everything. Without `config.test` a part is held out, chosen by `seed` alone.
+
+    Raises DataError for the first row that cannot be used.
+    """
+    rows = _read(config.train, config.subset, config.train_split, offline)
+    rows = _sample(rows, config.max_examples, seed)
+    if config.test is not None:
+        test = _sample(_read(config.test, config.subset, config.test_split, offline), config.max_examples, seed)
+    else:
+        rows, test = _hold_out(rows, config, seed)
+    return LocalData(train=[prepare(row) for row in rows], test=[prepare(row) for row in test])
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The records of a jsonl, csv or parquet file, in its order."""
+    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    try:
+        yield from readers[path.suffix](path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _read(source: str, subset: str | None, split: str, offline: bool) -> list[Row]:
+    path = Path(source).expanduser()
+    if path.suffix in FILE_KINDS:
+        rows = list(read_rows(path))
+    elif path.exists():
+        raise DataError(f"{path}: a file that ends in {', '.join(FILE_KINDS)} is expected")
+    else:
+        rows = _hub_rows(source, subset, split, offline)
+    if not rows:
+        raise DataError(f"{source}: holds no records")
+    return rows
+
+
+def _sample(rows: list[Row], most: int | None, seed: int) -> list[Row]:
+    if most is None or len(rows) <= most:
+        return rows
+    # A sample, not the first ones: files are often sorted by label.
+    return [rows[i] for i in np.sort(_permutation(len(rows), seed)[:most])]
+
+
+def _hold_out(rows: list[Row], config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
+    held = max(1, round(len(rows) * config.holdout))
+    if held >= len(rows):
+        raise DataError(
+            f"{config.train}: {len(rows)} record(s) are too few to hold out {config.holdout:.0%} for evaluation; "
+            "give more data or a test file"
+        )
+    order = _permutation(len(rows), seed)
+    return [rows[i] for i in np.sort(order[held:])], [rows[i] for i in np.sort(order[:held])]
+
+
+def _permutation(count: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.Generator(np.random.PCG64(seed)).permutation(count)
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: not JSON: {error}") from None
+            if not isinstance(values, dict):
+                raise DataError(f"{where}: an object with columns as keys is expected, found {line.strip():.60}")
+            yield Row(where, path.parent, values)
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(_MAX_CELL_CHARACTERS)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for values in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in values or None in values.values():
+                    raise DataError(f"{where}: not as many cells as the header has columns")
+                yield Row(where, path.parent, values)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow  # noqa: PLC0415 # half a second that jsonl and csv do not need
+    from pyarrow import parquet  # noqa: PLC0415
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}, row {number}", path.parent, values)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a parquet file that can be read: {error}") from None
+
+
+def _hub_rows(source: str, subset: str | None, split: str, offline: bool) -> list[Row]:
+    import datasets  # noqa: PLC0415 # seconds that local files do not need
+
+    if offline:
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        found = datasets.load_dataset(source, name=subset, split=split)
+    except Exception as error:
+        # The library raises its own, the network's and plain errors; to the site all mean the same.
+        raise DataError(
+            f"{source}: neither a file that ends in {', '.join(FILE_KINDS)} nor a data set that can be loaded: {error}"
+        ) from error
+    for name, feature in found.features.items():
+        if isinstance(feature, datasets.Image):  # bytes, so that there is one way to decode an image
+            found = found.cast_column(name, datasets.Image(decode=False))
+    return [Row(f"{source} ({split}), row {i}", Path(), values) for i, values in enumerate(found, start=1)]

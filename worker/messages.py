@@ -1,0 +1,146 @@
+"""What worker and coordinator tell each other, as values. Nothing here knows protobuf or gRPC."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from common.adapter import AdapterSpec
+from worker.trainer_protocol import Plan
+
+
+class TaskKind(Enum):
+    """What a task asks for."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+
+
+class Outcome(Enum):
+    """What became of a submission; all of these are normal life."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"  # the same again after a lost answer; it counts once
+    STALE = "stale"
+    SUPERSEDED = "superseded"  # a newer lease of the task exists
+    ROUND_CLOSED = "round_closed"
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What the federation trains."""
+
+    base_model: str
+    base_model_digest: str  # empty until it is fixed
+    task: str
+    labels: tuple[str, ...]
+    target_modules: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    global_rank: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The answer to the handshake."""
+
+    protocol: int
+    software_version: str
+    federation: str
+    model: ModelRequest
+
+
+@dataclass(frozen=True)
+class RankProfile:
+    """What this client can afford and holds."""
+
+    max_rank: int
+    device: str
+    memory_bytes: int
+    num_examples: int
+    examples_per_second: float = 0.0  # 0: not measured
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """What a client shows to get a place."""
+
+    protocol: int
+    profile: RankProfile
+    base_model_digest: str
+    spec: AdapterSpec
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in the federation."""
+
+    lora_rank: int
+    manifest_digest: str
+    heartbeat_seconds: float
+    lease_ttl_seconds: float
+    chunk_bytes: int
+    wire_dtype: str
+    status_sentence: str
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes by content."""
+
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One order, held by a lease."""
+
+    kind: TaskKind
+    round: int
+    attempt: int
+    lease_token: int
+    lora_rank: int
+    scaling: float
+    adapter: Blob
+    plan: Plan
+    deadline_seconds: float
+    manifest_digest: str
+
+
+@dataclass(frozen=True)
+class Polled:
+    """The answer to a poll: at most one task."""
+
+    tasks: tuple[Task, ...]
+    is_finished: bool
+    status_sentence: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the work on a task stands."""
+
+    activity: str
+    step: int = 0
+    total_steps: int = 0
+    train_loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client commits after training."""
+
+    task: Task
+    blob: Blob
+    num_examples: int
+    metrics: Mapping[str, float]
+    training_seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a client commits after evaluating."""
+
+    task: Task
+    num_examples: int
+    metrics: Mapping[str, float]

@@ -1,0 +1,120 @@
+"""PEFT's names and files: the only place that knows how PEFT spells keys and what its folders hold.
+
+Nothing here imports torch or PEFT, so that an adapter can be exported where neither is installed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from common.adapter import Adapter, AdapterSpec, Array, Factors
+from common.errors import AdapterMismatch
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_SHOWN = 3  # names in an error message
+
+
+def key_of_lora_A(module: str) -> str:
+    """PEFT's key of a module's lora_A."""
+    return f"{_PREFIX}{module}.lora_A.weight"
+
+
+def key_of_lora_B(module: str) -> str:
+    """PEFT's key of a module's lora_B."""
+    return f"{_PREFIX}{module}.lora_B.weight"
+
+
+def key_of_tensor(name: str) -> str:
+    """PEFT's key of a tensor that is trained whole ("classifier.weight")."""
+    return f"{_PREFIX}{name}"
+
+
+def to_state(adapter: Adapter) -> dict[str, Array]:
+    """The adapter under PEFT's keys, as `get_peft_model_state_dict` gives it."""
+    state = {key_of_tensor(name): tensor for name, tensor in adapter.tensors.items()}
+    for name, factors in adapter.modules.items():
+        state[key_of_lora_A(name)] = factors.lora_A
+        state[key_of_lora_B(name)] = factors.lora_B
+    return state
+
+
+def from_state(state: Mapping[str, Array], spec: AdapterSpec) -> Adapter:
+    """The inverse of to_state. Raises AdapterMismatch if the keys are not exactly those of the spec."""
+    expected = {key_of_tensor(t.name) for t in spec.tensors}
+    for module in spec.modules:
+        expected |= {key_of_lora_A(module.name), key_of_lora_B(module.name)}
+    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+    if missing or unexpected:
+        raise AdapterMismatch(
+            f"PEFT state: missing {missing[:_SHOWN] or 'none'}, unexpected {unexpected[:_SHOWN] or 'none'}"
+        )
+    modules = {
+        module.name: Factors(state[key_of_lora_A(module.name)], state[key_of_lora_B(module.name)])
+        for module in spec.modules
+    }
+    return Adapter(modules, {t.name: state[key_of_tensor(t.name)] for t in spec.tensors})
+
+
+def adapter_config(
+    adapter: Adapter, *, scaling: float, base_model: str, task: str, modules_to_save: Sequence[str]
+) -> dict[str, Any]:
+    """The adapter_config.json of a stock PEFT folder; `base_model` loses all but its last part if it is a path."""
+    alpha = scaling * adapter.rank
+    return {
+        "peft_type": "LORA",
+        # PEFT adds every "classifier" and "score" to modules_to_save when it is told SEQ_CLS, so only a task
+        # whose class adds nothing is named.
+        "task_type": "CAUSAL_LM" if task == "causal-language-model" else None,
+        "base_model_name_or_path": _public_name(base_model),
+        "r": adapter.rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": sorted(adapter.modules),
+        "modules_to_save": sorted(modules_to_save) or None,
+    }
+
+
+def write_peft_folder(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    scaling: float,
+    base_model: str,
+    task: str,
+    modules_to_save: Sequence[str],
+) -> None:
+    """Writes a folder that stock `PeftModel.from_pretrained(base, folder)` loads.
+
+    `adapter` holds the factors as a client multiplies them by `scaling`; `modules_to_save` are the names of the
+    modules (not tensors) outside LoRA. Raises AdapterMismatch if they do not cover the adapter's tensors.
+    """
+    orphans = [n for n in adapter.tensors if not any(n.startswith(f"{m}.") for m in modules_to_save)]
+    if orphans:
+        raise AdapterMismatch(
+            f"{folder}: the tensors {orphans[:_SHOWN]} belong to none of modules_to_save {list(modules_to_save)}"
+        )
+    config = adapter_config(adapter, scaling=scaling, base_model=base_model, task=task, modules_to_save=modules_to_save)
+    state = {key: np.ascontiguousarray(array) for key, array in sorted(to_state(adapter).items())}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _public_name(base_model: str) -> str:
+    """The name without the folders of this machine; a hub id stays whole."""
+    path = PurePath(base_model)
+    if path.is_absolute() or base_model.startswith((".", "~")):
+        return path.name
+    return base_model

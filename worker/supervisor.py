@@ -1,0 +1,233 @@
+"""Owns the trainer process: starts it, speaks to it, notices its death, kills it.
+
+The trainer is started when it is needed and stays, with the base model in memory, until it dies or is killed;
+the next task then starts it afresh. Nothing here imports torch.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from common.errors import RafloraError
+from worker.trainer_protocol import (
+    MAX_LINE_BYTES,
+    Answer,
+    Evaluate,
+    Evaluated,
+    Failed,
+    Load,
+    Loaded,
+    ProgressMade,
+    Request,
+    Train,
+    Trained,
+    answer_from_line,
+    to_line,
+)
+
+DEFAULT_COMMAND = (sys.executable, "-m", "worker.trainer")
+_REMEMBERED_LINES = 8  # of the trainer's stderr, for the message when it has died
+_LONGEST_QUOTE = 600
+_MAX_STDERR_BYTES = 64 << 10  # a longer line is passed through in pieces
+_REAP_SECONDS = 5.0
+
+Expected = TypeVar("Expected", Loaded, Trained, Evaluated)
+OnProgress = Callable[[ProgressMade], None]
+
+log = structlog.get_logger()
+
+
+class TrainerDied(RafloraError):
+    """The trainer process ended, or no longer speaks the protocol."""
+
+    reason = "trainer_died"
+
+
+class TaskFailed(RafloraError):
+    """The trainer lives, but could not do it; `word` says why in one word ("out_of_memory")."""
+
+    reason = "task_failed"
+
+    def __init__(self, word: str, message: str) -> None:
+        super().__init__(message)
+        self.word = word
+
+
+@dataclass(frozen=True)
+class _Process:
+    """A running trainer, its pipes and its last words."""
+
+    process: asyncio.subprocess.Process
+    stdin: asyncio.StreamWriter
+    stdout: asyncio.StreamReader
+    last_words: deque[str]
+    listening: asyncio.Task[None]
+
+    def kill(self) -> None:
+        """Ends it and everything it started: data loader workers must not outlive it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    async def reap(self) -> None:
+        """Waits for its end and its last words; not for ever, as a stray child may keep the pipes open."""
+        try:
+            async with asyncio.timeout(_REAP_SECONDS):
+                await self.process.wait()
+                await self.listening
+        except TimeoutError:
+            self.listening.cancel()
+
+
+class TrainerProcess:
+    """One trainer at a time. Cancelling any of the calls kills it; so does a task that takes too long.
+
+    Raises TrainerDied, or TaskFailed with the trainer's own reason.
+    """
+
+    def __init__(self, max_task_seconds: float, command: Sequence[str] = DEFAULT_COMMAND) -> None:
+        self._max_task_seconds = max_task_seconds
+        self._command = tuple(command)
+        self._running: _Process | None = None
+        self._order: Load | None = None
+        self._loaded: Loaded | None = None
+
+    async def load(self, order: Load) -> Loaded:
+        """Loads model and data; the same order is not carried out twice by a trainer that lives."""
+        if self._order != order:
+            await self.stop()
+            self._order, self._loaded = order, None
+        if self._running is None or self._loaded is None:
+            return await self._start(order)
+        return self._loaded
+
+    async def train(self, request: Train, on_progress: OnProgress) -> Trained:
+        """Trains one slice."""
+        return await self._work(request, Trained, on_progress)
+
+    async def evaluate(self, request: Evaluate, on_progress: OnProgress) -> Evaluated:
+        """Evaluates one slice."""
+        return await self._work(request, Evaluated, on_progress)
+
+    async def stop(self) -> None:
+        """Kills the trainer; the next task starts a new one."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.kill()
+            await running.reap()
+
+    async def _work(self, request: Request, expected: type[Expected], on_progress: OnProgress) -> Expected:
+        if self._order is None:
+            raise RuntimeError("load() comes before any task")
+        if self._running is None:
+            await self._start(self._order)
+        return await self._ask(request, expected, on_progress)
+
+    async def _start(self, order: Load) -> Loaded:
+        """A fresh trainer with model and data loaded."""
+        await self.stop()
+        self._running = await _spawn(self._command)
+        log.info("trainer started", pid=self._running.process.pid)
+        loaded = await self._ask(order, Loaded, _ignore)
+        before, self._loaded = self._loaded, loaded
+        if before is not None and _identity_of(before) != _identity_of(loaded):
+            await self.stop()
+            raise TaskFailed("model_error", "the base model or its modules changed since this worker joined")
+        return loaded
+
+    async def _ask(self, request: Request, expected: type[Expected], on_progress: OnProgress) -> Expected:
+        """One request and its answer; whatever goes wrong but an orderly failure, the trainer is gone afterwards."""
+        running = self._running
+        if running is None:
+            raise RuntimeError("there is no trainer to ask")
+        try:
+            async with asyncio.timeout(self._max_task_seconds):
+                answer = await _converse(running, request, on_progress)
+        except TimeoutError:
+            await self.stop()
+            raise TaskFailed(
+                "time_limit", f"{type(request).__name__} took longer than max_task_seconds {self._max_task_seconds:g}"
+            ) from None
+        except BaseException:
+            await self.stop()
+            raise
+        if isinstance(answer, Failed):
+            if answer.fatal:
+                await self.stop()
+            raise TaskFailed(answer.reason, answer.message)
+        if not isinstance(answer, expected):
+            await self.stop()
+            raise TrainerDied(f"trainer: answered {type(answer).__name__} to {type(request).__name__}")
+        return answer
+
+
+async def _spawn(command: Sequence[str]) -> _Process:
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        limit=MAX_LINE_BYTES,
+        start_new_session=True,
+    )
+    if process.stdin is None or process.stdout is None or process.stderr is None:
+        raise RuntimeError("three pipes were asked for")
+    last_words: deque[str] = deque(maxlen=_REMEMBERED_LINES)
+    listening = asyncio.create_task(_pass_through(process.stderr, last_words))
+    return _Process(process, process.stdin, process.stdout, last_words, listening)
+
+
+async def _converse(running: _Process, request: Request, on_progress: OnProgress) -> Answer:
+    """Writes the request and reads until something other than progress comes. Raises TrainerDied."""
+    try:
+        running.stdin.write(to_line(request))
+        await running.stdin.drain()
+        while line := await running.stdout.readline():
+            answer = answer_from_line(line)
+            if not isinstance(answer, ProgressMade):
+                return answer
+            on_progress(answer)
+    except ConnectionError:
+        pass  # it is gone, and what it left behind says more than the pipe
+    except (ValueError, RafloraError) as error:
+        raise TrainerDied(f"trainer: said something that is no message ({error})") from None
+    raise TrainerDied(await _epitaph(running))
+
+
+async def _epitaph(running: _Process) -> str:
+    """How a trainer ended whose pipes are closed, in a sentence."""
+    await running.reap()
+    status = running.process.returncode
+    if status is None:
+        return "trainer closed its output and went on without us"
+    how = f"exit code {status}"
+    if status < 0:
+        how = f"signal {signal.Signals(-status).name}"
+        if -status == signal.SIGKILL:
+            how += " (often the system, short of memory)"
+    words = " | ".join(running.last_words)[-_LONGEST_QUOTE:]
+    return f"trainer ended with {how}" + (f": {words}" if words else "")
+
+
+async def _pass_through(stderr: asyncio.StreamReader, last_words: deque[str]) -> None:
+    """Everything that the trainer writes to stderr goes to ours, as it is."""
+    while data := await stderr.read(_MAX_STDERR_BYTES):
+        text = data.decode(errors="replace")
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        last_words.extend(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _identity_of(loaded: Loaded) -> tuple[object, ...]:
+    return loaded.base_model_digest, loaded.modules, loaded.tensors
+
+
+def _ignore(progress: ProgressMade) -> None:
+    """Loading has no steps that anybody counts."""

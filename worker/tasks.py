@@ -1,0 +1,215 @@
+"""The kinds of task: the model class of each, how a row becomes an example and examples a batch, what is measured.
+
+A new kind of task is one more class here; model, data and training know none of them by name.
+"""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    default_data_collator,
+)
+
+from common.errors import InvalidRequest
+from worker.config import DataConfig
+from worker.data import DataError, Example, Row
+
+Collator = Callable[[list[Any]], dict[str, Any]]
+GREY_LEVELS = 255
+
+
+class Preparation(Protocol):
+    """What turns this site's rows into what the model takes; made once per load."""
+
+    def example(self, row: Row) -> Example:
+        """One row as the model's inputs and `labels`. Raises DataError that names file, row and column."""
+        ...
+
+    @property
+    def collator(self) -> Collator:
+        """Makes a batch of a list of examples."""
+        ...
+
+
+class Task(Protocol):
+    """One kind of task."""
+
+    name: str
+    auto_class: Any  # transformers' class with from_pretrained
+
+    def prepare(self, folder: Path, model: Any, labels: Sequence[str], config: DataConfig) -> Preparation:
+        """The preparation that belongs to the model in `folder`."""
+        ...
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """What is measured besides the loss."""
+        ...
+
+
+def task_named(name: str) -> Task:
+    """The task of that name. Raises InvalidRequest that lists those there are."""
+    tasks: tuple[Task, ...] = (SequenceClassification(), ImageClassification())
+    for task in tasks:
+        if task.name == name:
+            return task
+    known = ", ".join(task.name for task in tasks)
+    raise InvalidRequest(f"task {name!r}: this worker knows {known}")
+
+
+class _Classification:
+    """What the classification tasks share."""
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The share of examples whose largest logit is that of their label."""
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
+
+
+class SequenceClassification(_Classification):
+    """A label for a text or a pair of texts."""
+
+    name = "sequence-classification"
+    auto_class = AutoModelForSequenceClassification
+
+    def prepare(self, folder: Path, model: Any, labels: Sequence[str], config: DataConfig) -> Preparation:
+        """Loads the tokenizer; a model without a padding token pads with its end-of-sequence token."""
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        return _Texts(tokenizer, LabelColumn(config.label_column, labels), config)
+
+
+class ImageClassification(_Classification):
+    """A label for an image."""
+
+    name = "image-classification"
+    auto_class = AutoModelForImageClassification
+
+    def prepare(self, folder: Path, model: Any, labels: Sequence[str], config: DataConfig) -> Preparation:
+        """Loads the image processor that lies beside the model."""
+        processor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
+        return _Images(processor, mode, LabelColumn(config.label_column, labels), config.image_column)
+
+
+class LabelColumn:
+    """A column that holds a class's number or its name."""
+
+    def __init__(self, column: str, labels: Sequence[str]) -> None:
+        self._column = column
+        self._labels = tuple(labels)
+        self._numbers = {label: number for number, label in enumerate(self._labels)}
+
+    def number(self, row: Row) -> int:
+        """The class's number. A name wins over a number, so labels "1", "2", "3" mean what they say."""
+        value = row[self._column]
+        found = self._numbers.get(value.strip() if isinstance(value, str) else value)
+        if found is None:
+            found = self._as_number(value)
+        if found is None or not 0 <= found < len(self._labels):
+            shown = ", ".join(self._labels[:5]) + (", ..." if len(self._labels) > 5 else "")
+            raise DataError(
+                f"{row.where}: column {self._column!r} holds {value!r}, which is none of the federation's "
+                f"{len(self._labels)} labels ({shown}) nor a number from 0 to {len(self._labels) - 1}"
+            )
+        return found
+
+    @staticmethod
+    def _as_number(value: object) -> int | None:
+        if isinstance(value, bool):
+            return None
+        try:
+            number = float(value)  # type: ignore[arg-type] # whatever a file holds; what is no number raises
+        except (TypeError, ValueError):
+            return None
+        return int(number) if number.is_integer() else None
+
+
+class _Texts:
+    def __init__(self, tokenizer: Any, label: LabelColumn, config: DataConfig) -> None:
+        self._tokenizer = tokenizer
+        self._label = label
+        self._columns = [c for c in (config.text_column, config.text_pair_column) if c is not None]
+        self._max_length = min(config.max_length, tokenizer.model_max_length)
+        self.collator: Collator = DataCollatorWithPadding(tokenizer)
+
+    def example(self, row: Row) -> Example:
+        tokens = self._tokenizer(
+            *(self._text(row, column) for column in self._columns), truncation=True, max_length=self._max_length
+        )
+        return {**tokens, "labels": self._label.number(row)}
+
+    @staticmethod
+    def _text(row: Row, column: str) -> str:
+        text = row[column]
+        if not isinstance(text, str):
+            raise DataError(f"{row.where}: column {column!r} holds {text!r:.60}; a text is expected")
+        return text
+
+
+class _Images:
+    def __init__(self, processor: Any, mode: str, label: LabelColumn, column: str) -> None:
+        self._processor = processor
+        self._mode = mode
+        self._label = label
+        self._column = column
+        self.collator: Collator = default_data_collator
+
+    def example(self, row: Row) -> Example:
+        image = self._image(row).convert(self._mode)
+        pixels = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": self._label.number(row)}
+
+    def _image(self, row: Row) -> Image.Image:
+        value = row[self._column]
+        where = f"{row.where}: column {self._column!r}"
+        if isinstance(value, Mapping):  # the Image feature of data sets: bytes, or else a path
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            return _decoded(value, where)
+        if isinstance(value, str):
+            return _decoded(_read(row.folder / value, where), where)
+        return _from_rows(value, where)
+
+
+def _read(path: Path, where: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{where} names the image {path}, which cannot be read: {error.strerror}") from None
+
+
+def _decoded(content: bytes, where: str) -> Image.Image:
+    try:
+        # Two formats on purpose: fewer decoders stand open to a file from outside.
+        image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+        image.load()
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where} is no PNG or JPEG that can be decoded: {error}") from None
+    return image
+
+
+def _from_rows(value: object, where: str) -> Image.Image:
+    try:
+        grey = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        grey = np.empty(0)
+    if grey.ndim != 2 or grey.size == 0:
+        raise DataError(f"{where} holds {value!r:.60}; PNG or JPEG bytes, a path or rows of grey values are expected")
+    if not np.all((grey >= 0) & (grey <= GREY_LEVELS) & (grey == np.round(grey))):
+        raise DataError(f"{where} holds grey values that are not whole numbers from 0 to {GREY_LEVELS}")
+    return Image.fromarray(grey.astype(np.uint8))

@@ -1,0 +1,283 @@
+"""The trainer process: holds the base model across rounds and does what its agent asks, one request at a time.
+
+    python -m worker.trainer
+
+Requests come as lines on standard input, answers go as lines to what was standard output; everything that
+libraries print goes to standard error. It never imports grpc, never speaks to the network about a task, and
+ends at once when its input ends, whatever it is doing: an agent that is gone wants nothing any more.
+"""
+
+import gc
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from pydantic import ValidationError
+
+from common import codec
+from common.adapter import Adapter
+from common.errors import ConfigError, InvalidRequest, RafloraError
+from common.logs import set_up_logs
+from worker.config import WorkerConfig
+from worker.trainer_protocol import (
+    MAX_LINE_BYTES,
+    Answer,
+    Evaluate,
+    Evaluated,
+    Failed,
+    Load,
+    Loaded,
+    ProgressMade,
+    Request,
+    Train,
+    Trained,
+    request_from_line,
+    to_line,
+)
+
+if TYPE_CHECKING:
+    from worker.data import LocalData
+    from worker.model import AdaptedModel
+    from worker.tasks import Preparation
+
+MAX_WAITING_REQUESTS = 4  # an agent asks one thing at a time; more waiting is a mistake of ours
+PROGRESS_SECONDS = 0.2  # between two lines of progress
+
+Say = Callable[[Answer], None]
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What one Load made: kept until the next Load or the end."""
+
+    config: WorkerConfig
+    model: "AdaptedModel"
+    preparation: "Preparation"
+    data: "LocalData"
+
+
+def main() -> int:
+    """Serves requests until the input ends; exit status 1 if something happened that nobody foresaw."""
+    # Ctrl-C in a terminal reaches the whole process group; the agent decides when its trainer ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = _keep_stdout_for_answers()
+    requests: queue.Queue[bytes] = queue.Queue(maxsize=MAX_WAITING_REQUESTS)
+    threading.Thread(target=_read_requests, args=(sys.stdin.buffer, requests), daemon=True).start()
+
+    def say(answer: Answer) -> None:
+        try:
+            answers.write(to_line(answer))
+        except BrokenPipeError:
+            os._exit(0)
+
+    trainer = _Trainer(say)
+    while True:
+        answer = trainer.answer(requests.get())
+        say(answer)
+        if isinstance(answer, Failed) and answer.fatal:
+            return 1
+
+
+class _Trainer:
+    """Does one request after the other."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._session: _Session | None = None
+
+    def answer(self, line: bytes) -> Answer:
+        """The last answer to a request; progress is said on the way. Everything that goes wrong is a Failed."""
+        try:
+            return self._do(request_from_line(line))
+        except RafloraError as error:
+            return Failed(error.reason, str(error))
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._free_memory()
+                return Failed("out_of_memory", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            traceback.print_exc()
+            return Failed("trainer_died", f"{type(error).__name__}: {error}", fatal=True)
+
+    def _do(self, request: Request) -> Answer:
+        match request:
+            case Load():
+                return self._load(request)
+            case Train():
+                return self._train(request)
+            case Evaluate():
+                return self._evaluate(request)
+
+    def _load(self, request: Load) -> Loaded:
+        self._session = None
+        self._free_memory()
+        config = _config_from(request.config_json)
+        set_up_logs(config.log_format, config.log_level, role="trainer", client=config.name)
+        _set_up_libraries(config)
+        from worker.data import load_data  # noqa: PLC0415 # seconds of imports, after the protocol is up
+        from worker.model import load_model  # noqa: PLC0415
+
+        model = load_model(config.model, request.order)
+        preparation = model.task.prepare(model.folder, model.base, model.labels, config.data)
+        data = load_data(config.data, preparation.example, seed=request.order.seed, offline=config.model.offline)
+        self._session = _Session(config, model, preparation, data)
+        # The Trainer collects garbage after every round; what stays for ever need not be looked at each time.
+        gc.collect()
+        gc.freeze()
+        return Loaded(
+            base_model_digest=model.base_model_digest,
+            modules=tuple((m.name, m.out_features, m.in_features) for m in model.spec.modules),
+            tensors=tuple((t.name, t.shape) for t in model.spec.tensors),
+            num_examples=len(data.train),
+            device=str(model.device),
+            memory_bytes=_memory_bytes(model),
+        )
+
+    def _train(self, request: Train) -> Trained:
+        from worker.model import read_adapter  # noqa: PLC0415
+        from worker.training import train  # noqa: PLC0415
+
+        session = self._put_slice(request)
+        outcome = train(
+            session.model,
+            session.data.train,
+            request.plan,
+            collator=session.preparation.collator,
+            memory_batch=session.config.batch_size,
+            report=_Progress(self._say, "training"),
+        )
+        Path(request.update_path).write_bytes(
+            codec.encode(read_adapter(session.model), codec.WireDtype(request.wire_dtype))
+        )
+        return Trained(len(session.data.train), outcome.seconds, outcome.metrics)
+
+    def _evaluate(self, request: Evaluate) -> Evaluated:
+        from worker.training import evaluate  # noqa: PLC0415
+
+        session = self._put_slice(request)
+        outcome = evaluate(
+            session.model,
+            session.data.test,
+            collator=session.preparation.collator,
+            memory_batch=session.config.batch_size,
+            report=_Progress(self._say, "evaluating"),
+        )
+        return Evaluated(len(session.data.test), outcome.metrics)
+
+    def _put_slice(self, request: Train | Evaluate) -> _Session:
+        """Makes the live adapter the one in the request's file."""
+        from worker.model import write_adapter  # noqa: PLC0415
+
+        if self._session is None:
+            raise InvalidRequest(f"trainer: {type(request).__name__} before Load")
+        write_adapter(self._session.model, _read_slice(request, self._session.model), scaling=request.scaling)
+        return self._session
+
+    @staticmethod
+    def _free_memory() -> None:
+        gc.unfreeze()
+        gc.collect()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+class _Progress:
+    """Says how far the work is, but not at every step of a tiny model."""
+
+    def __init__(self, say: Say, activity: str) -> None:
+        self._say = say
+        self._activity = activity
+        self._said_at = float("-inf")
+
+    def __call__(self, step: int, total_steps: int, train_loss: float) -> None:
+        now = time.monotonic()
+        if step < total_steps and now - self._said_at < PROGRESS_SECONDS:
+            return
+        self._said_at = now
+        self._say(ProgressMade(self._activity, step, total_steps, train_loss))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device or the machine had no memory left: a smaller batch or rank may help."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    # On a CPU torch has no type of its own for it.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _keep_stdout_for_answers() -> BinaryIO:
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    return answers
+
+
+def _read_requests(source: BinaryIO, requests: "queue.Queue[bytes]") -> None:
+    while line := source.readline(MAX_LINE_BYTES + 1):
+        requests.put(line)
+    # Not sys.exit: the main thread may be hours deep in a training step loop, and nothing is left to tidy.
+    os._exit(0)
+
+
+def _config_from(text: str) -> WorkerConfig:
+    try:
+        return WorkerConfig.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"trainer: the worker's settings cannot be read: {error}") from None
+
+
+def _set_up_libraries(config: WorkerConfig) -> None:
+    """Threads as configured; no progress bars, no advice for notebooks; no network if the site says so."""
+    import huggingface_hub  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+    import transformers  # noqa: PLC0415
+    from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.model.offline:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bars()
+    logging.captureWarnings(True)
+    # Each has been read, and none is the site's business: advice for authors of training scripts.
+    for module in ("torch", "transformers", "peft", "accelerate"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
+
+
+def _read_slice(request: Train | Evaluate, model: "AdaptedModel") -> Adapter:
+    layout = codec.Layout(model.spec, request.lora_rank, codec.WireDtype(request.wire_dtype))
+    path = Path(request.slice_path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"trainer: the slice {path.name} cannot be read: {error.strerror}") from None
+    return codec.decode(content, layout, whose=f"the slice {path.name}")
+
+
+def _memory_bytes(model: "AdaptedModel") -> int:
+    if model.device.type == "cuda":
+        import torch  # noqa: PLC0415
+
+        return int(torch.cuda.get_device_properties(model.device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    # Not sys.exit: it would wait for the lock of the input, which the reading thread holds.
+    os._exit(status)

@@ -1,0 +1,219 @@
+"""One round of local work: train the live adapter, or evaluate it, with transformers' Trainer.
+
+The optimizer is new each round, the learning rate constant within it (the coordinator lowers it over the rounds).
+The same adapter, plan and data give the same bytes on a CPU. No checkpoint, no log file, no report to anybody.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from common.errors import RafloraError
+from worker.data import Example
+from worker.model import AdaptedModel
+from worker.tasks import Collator
+from worker.trainer_protocol import Plan
+
+MAX_SEED = 1 << 32  # numpy's limit
+_EVALUATION_BATCH = 64
+
+Report = Callable[[int, int, float], None]  # step, total_steps, train_loss
+
+
+class Diverged(RafloraError):
+    """The loss or a factor is no longer a finite number; a smaller learning rate may help."""
+
+    reason = "diverged"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round of local work measured."""
+
+    metrics: Mapping[str, float]
+    seconds: float
+
+
+def train(
+    model: AdaptedModel,
+    examples: Sequence[Example],
+    plan: Plan,
+    *,
+    collator: Collator,
+    memory_batch: int | None,
+    report: Report,
+) -> Outcome:
+    """Trains the live adapter in place. Raises Diverged.
+
+    `memory_batch` is how many examples fit at once; the plan's batch is accumulated from equal parts of at most
+    that size, so it is the same batch on every machine.
+    """
+    part = _largest_divisor(plan.batch_size, at_most=memory_batch or plan.batch_size)
+    duration = {"max_steps": plan.local_steps} if plan.local_steps else {"num_train_epochs": plan.local_epochs}
+    with tempfile.TemporaryDirectory() as unused:
+        arguments = _arguments(
+            model,
+            output_dir=unused,  # the Trainer insists on a folder; nothing is written to it
+            per_device_train_batch_size=part,
+            gradient_accumulation_steps=plan.batch_size // part,
+            learning_rate=plan.learning_rate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=plan.warmup_steps,
+            weight_decay=plan.weight_decay,
+            max_grad_norm=plan.max_grad_norm,
+            seed=plan.seed % MAX_SEED,
+            data_seed=plan.seed % MAX_SEED,
+            logging_strategy="steps",
+            logging_steps=1,
+            logging_nan_inf_filter=False,  # a loss that is not finite must be seen, not smoothed over
+            **duration,
+        )
+        trainer = _trainer(model, arguments, collator, [_Watch(report)], train_dataset=examples)
+        started = time.monotonic()
+        result = _run(model, trainer, trainer.train)
+        seconds = time.monotonic() - started
+    for name, parameter in model.live.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise Diverged(f"{name} holds numbers that are not finite after training; lower the learning rate")
+    return Outcome({"train_loss": float(result.training_loss)}, seconds)
+
+
+def evaluate(
+    model: AdaptedModel,
+    examples: Sequence[Example],
+    *,
+    collator: Collator,
+    memory_batch: int | None,
+    report: Report,
+) -> Outcome:
+    """The live adapter's `eval_loss` and the task's metrics on these examples. Raises Diverged."""
+    with tempfile.TemporaryDirectory() as unused:
+        arguments = _arguments(
+            model,
+            output_dir=unused,
+            per_device_eval_batch_size=min(memory_batch or _EVALUATION_BATCH, _EVALUATION_BATCH),
+        )
+        trainer = _trainer(
+            model,
+            arguments,
+            collator,
+            [_Watch(report)],
+            eval_dataset=examples,
+            compute_metrics=model.task.metrics,
+        )
+        started = time.monotonic()
+        found = _run(model, trainer, trainer.evaluate)
+        seconds = time.monotonic() - started
+    if not math.isfinite(found["eval_loss"]):
+        raise Diverged(f"the evaluation loss is {found['eval_loss']}")
+    measured = {name for name in found if name.startswith("eval_")} - _SPEED
+    metrics = {name.removeprefix("eval_"): float(found[name]) for name in measured}
+    metrics["eval_loss"] = metrics.pop("loss")
+    return Outcome(metrics, seconds)
+
+
+# What the Trainer adds to the task's metrics.
+_SPEED = {
+    "eval_runtime",
+    "eval_samples_per_second",
+    "eval_steps_per_second",
+    "eval_model_preparation_time",
+}
+
+
+class _Watch(TrainerCallback):
+    """Reports progress and stops at the first loss that is not finite."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._predicted = 0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002 # the Trainer passes it by position
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """After each optimizer step."""
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"the training loss is {loss} at step {state.global_step} of {state.max_steps}; "
+                f"the learning rate was {args.learning_rate:g}, a smaller one may help"
+            )
+        self._report(state.global_step, state.max_steps, loss)
+
+    def on_prediction_step(self, *_: Any, eval_dataloader: Any = None, **__: Any) -> None:
+        """After each batch of an evaluation."""
+        self._predicted += 1
+        self._report(self._predicted, len(eval_dataloader), 0.0)
+
+
+class _OneDevice(TrainingArguments):
+    """Training on the device that the site chose; the Trainer would take every GPU that it sees."""
+
+    chosen: torch.device = torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        _ = super().device  # sets up accelerate's state
+        return self.chosen
+
+    @property
+    def n_gpu(self) -> int:
+        """One at most, so that nothing is replicated."""
+        return int(self.chosen.type == "cuda")
+
+
+def _arguments(model: AdaptedModel, **more: Any) -> TrainingArguments:
+    dtype = next(p.dtype for p in model.live.parameters() if not p.requires_grad)
+    arguments = _OneDevice(
+        **more,
+        use_cpu=model.device.type == "cpu",
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=model.device.type == "cuda",
+    )
+    arguments.chosen = model.device
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)
+    return arguments
+
+
+def _trainer(
+    model: AdaptedModel, arguments: TrainingArguments, collator: Collator, callbacks: list[TrainerCallback], **more: Any
+) -> Trainer:
+    trainer = Trainer(model=model.live, args=arguments, data_collator=collator, callbacks=callbacks, **more)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _run(model: AdaptedModel, trainer: Trainer, work: Callable[[], Any]) -> Any:
+    """Does the work and leaves the model as it was found, save for the adapter's values."""
+    try:
+        return work()
+    finally:
+        model.live.zero_grad(set_to_none=True)
+        # With bf16 or fp16 accelerate wraps forward; unwrapped here, or each round would add a layer.
+        trainer.accelerator.unwrap_model(model.live, keep_fp32_wrapper=False)
+
+
+def _largest_divisor(number: int, *, at_most: int) -> int:
+    return next(part for part in range(min(number, at_most), 0, -1) if number % part == 0)
