@@ -15,7 +15,6 @@ Verbs are named by import path and loaded when they are called: `raflora status`
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from rich.console import Console
@@ -24,11 +23,13 @@ from rich.text import Text
 from cli.errors import ExitCode, exit_code_of, sentence_of
 from cli.words import plain
 from common.errors import RafloraError
+from common.settings import quiet_grpc_core
+from common.version import software_version
 
 app = App(
     name="raflora",
     help="Fine-tune one model across sites with unequal GPUs: federated LoRA that keeps its ranks alive.",
-    version=lambda: version("raflora"),
+    version=software_version,
     default_parameter=Parameter(negative=()),
     result_action="return_value",
 )
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code; `arguments` are the process's own unless given."""
     tokens = sys.argv[1:] if arguments is None else list(arguments)
     _never_fail_on_encoding()
+    quiet_grpc_core()
     try:
         if not tokens or tokens[0] in app.help_flags:
             app.resolved_commands()  # the list of verbs shows a sentence of each, so all are loaded

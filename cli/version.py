@@ -1,8 +1,8 @@
 """`raflora version`."""
 
-from importlib.metadata import version
+from common.version import software_version
 
 
 def show_version() -> None:
     """Prints the version of this software."""
-    print(version("raflora"))
+    print(software_version())

@@ -60,6 +60,11 @@ def coordinator_address(environ: Mapping[str, str] | None = None) -> str:
     return environment.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
 
 
+def quiet_grpc_core() -> None:
+    """Keeps gRPC's C core from writing its notices ("Got goaway") over a screen; call it before gRPC is imported."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

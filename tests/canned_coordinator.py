@@ -1,4 +1,5 @@
 """A coordinator that says what a test put into it: real gRPC on port 0, no state machine behind it."""
+# ruff: noqa: ARG002 - the signatures are gRPC's
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,7 @@
 """A trainer without torch that speaks the real protocol: its training multiplies every factor by two.
 
 What it should do wrong stands in the file `mishaps` of its model's folder, one a line, used up from the top:
-crash, exit, hang, wait_at_gate, babble, out_of_memory, nan. Started as `python tests/tiny_trainer.py`.
+crash, exit, hang, wait_at_gate, babble, out_of_memory, nan, load_fails. Started as `python tests/tiny_trainer.py`.
 """
 
 import json
@@ -38,10 +38,18 @@ def main() -> None:
         if isinstance(request, Load):
             folder = Path(json.loads(request.config_json)["model"]["path"])
             (folder / "pid").write_text(str(os.getpid()))
-            _say(_loaded())
+            _say(_load(folder))
             continue
         mishap = _next_of(folder / "mishaps")
         _say(_misbehave(mishap, folder) or _work(request, poison=mishap == "nan"))
+
+
+def _load(folder: Path) -> Answer:
+    mishaps = folder / "mishaps"
+    if mishaps.exists() and mishaps.read_text().startswith("load_fails"):
+        _next_of(mishaps)
+        return Failed("data_error", "data.train: there is no such file")
+    return _loaded()
 
 
 def _work(request: Train | Evaluate, *, poison: bool) -> Answer:

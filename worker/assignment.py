@@ -188,7 +188,7 @@ class Assignment:
         """Returns when the coordinator says stop; while it is out of reach the work goes on."""
         client, contact, clock = self._means.client, self._means.contact, self._means.clock
         while True:
-            await clock.sleep(_interval(self._terms.heartbeat_seconds, clock.chance()))
+            await clock.sleep(heartbeat_pause_seconds(self._terms.heartbeat_seconds, clock.chance()))
             try:
                 goes_on = await client.heartbeat(self._task.lease_token, self._progress)
             except UnknownTask:
@@ -203,7 +203,7 @@ class Assignment:
                 return
 
 
-def _interval(heartbeat_seconds: float, chance: float) -> float:
+def heartbeat_pause_seconds(heartbeat_seconds: float, chance: float) -> float:
     """The pause before the next heartbeat: spread out, so that a thousand workers do not beat as one."""
     within = min(max(heartbeat_seconds, _SHORTEST_HEARTBEAT_SECONDS), _LONGEST_HEARTBEAT_SECONDS)
     return within * (1 + HEARTBEAT_JITTER * (2 * chance - 1))

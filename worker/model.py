@@ -27,7 +27,7 @@ from worker.tasks import Task, task_named
 from worker.trainer_protocol import ModelOrder
 
 ALL_LINEAR = "all-linear"
-_ADAPTER = "default"
+_NAMES = ("one", "other")  # a live model changes its rank by changing from one adapter to the other
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DOWNLOADED = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # configuration, tokenizer, weights
@@ -55,7 +55,7 @@ class AdaptedModel:
     spec: AdapterSpec
     modules_to_save: tuple[str, ...]
     rank: int
-    scaling: float = 1.0
+    adapter_name: str  # PEFT's, for the only adapter there is
 
     @property
     def base(self) -> Any:
@@ -72,7 +72,7 @@ def load_model(config: ModelConfig, order: ModelOrder) -> AdaptedModel:
     targets = _resolve_targets(base, order)
     heads = _resolve_heads(base, order.modules_to_save)
     torch.manual_seed(order.seed % (1 << 63))
-    live = get_peft_model(base, _lora_config(targets, heads, order.lora_rank))
+    live = get_peft_model(base, _lora_config(targets, heads, order.lora_rank), adapter_name=_NAMES[0])
     adapted = AdaptedModel(
         live=live,
         task=task,
@@ -83,6 +83,7 @@ def load_model(config: ModelConfig, order: ModelOrder) -> AdaptedModel:
         spec=_spec_of(live, heads),
         modules_to_save=heads,
         rank=order.lora_rank,
+        adapter_name=_NAMES[0],
     )
     if {module.name for module in adapted.spec.modules} != set(targets):
         raise ModelError(f"{config.path}: PEFT adapted other layers than {list(targets[:_SHOWN])}")
@@ -104,21 +105,18 @@ def write_adapter(model: AdaptedModel, adapter: Adapter, *, scaling: float) -> N
     if adapter.rank != model.rank:
         _rerank(model, adapter.rank)
     for layer in _lora_layers(model.live).values():
-        layer.scaling[_ADAPTER] = scaling
-    model.scaling = scaling
+        layer.scaling[model.adapter_name] = scaling
     state = {key: torch.from_numpy(np.array(a)) for key, a in peft_format.to_state(adapter).items()}
-    result: Any = set_peft_model_state_dict(model.live, state, adapter_name=_ADAPTER)
-    live = set(get_peft_model_state_dict(model.live, adapter_name=_ADAPTER, save_embedding_layers=False))
-    refused, missing = sorted(result.unexpected_keys), sorted(live - state.keys())
+    result: Any = set_peft_model_state_dict(model.live, state, adapter_name=model.adapter_name)
+    refused, missing = sorted(result.unexpected_keys), sorted(_state_of(model).keys() - state.keys())
     if refused or missing:
         raise AdapterMismatch(f"PEFT took not {refused[:_SHOWN]} and was not given {missing[:_SHOWN]}")
 
 
 def read_adapter(model: AdaptedModel) -> Adapter:
     """A copy of the live adapter, in float32; later training does not change it."""
-    state = get_peft_model_state_dict(model.live, adapter_name=_ADAPTER, save_embedding_layers=False)
-    # PEFT's tensors share their storage with the model.
-    arrays = {k: t.detach().to("cpu", torch.float32).numpy().copy() for k, t in state.items()}
+    # PEFT's tensors share their storage with the model, hence the copy.
+    arrays = {k: t.detach().to("cpu", torch.float32).numpy().copy() for k, t in _state_of(model).items()}
     return peft_format.from_state(arrays, model.spec)
 
 
@@ -298,7 +296,16 @@ def _lora_config(targets: Sequence[str], heads: Sequence[str], rank: int) -> Lor
 
 def _lora_layers(live: PeftModel) -> dict[str, Any]:
     base = live.get_base_model()
-    return {name: module for name, module in base.named_modules() if _ADAPTER in getattr(module, "lora_A", {})}
+    return {name: module for name, module in base.named_modules() if hasattr(module, "lora_A")}
+
+
+def _state_of(model: AdaptedModel) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model.live,
+        adapter_name=model.adapter_name,
+        save_embedding_layers=False,  # "auto" may ask the hub
+    )
+    return state
 
 
 def _spec_of(live: PeftModel, heads: Iterable[str]) -> AdapterSpec:
@@ -309,7 +316,7 @@ def _spec_of(live: PeftModel, heads: Iterable[str]) -> AdapterSpec:
     tensors = []
     for head in heads:
         wrapper: Any = base.get_submodule(head)
-        trained = wrapper.modules_to_save[_ADAPTER]
+        trained = wrapper.modules_to_save[_NAMES[0]]
         if any(True for _ in trained.buffers()):
             raise ModelError(f"modules_to_save {head!r}: it has buffers, which a federation cannot average")
         tensors += [TensorShape(f"{head}.{name}", tuple(p.shape)) for name, p in trained.named_parameters()]
@@ -318,11 +325,13 @@ def _spec_of(live: PeftModel, heads: Iterable[str]) -> AdapterSpec:
 
 def _rerank(model: AdaptedModel, rank: int) -> None:
     """Replaces the live adapter by one of another rank: milliseconds, the base model stays where it is."""
+    spare = next(name for name in _NAMES if name != model.adapter_name)
     config = _lora_config([m.name for m in model.spec.modules], model.modules_to_save, rank)
-    model.live.delete_adapter(_ADAPTER)
-    model.live.add_adapter(_ADAPTER, config)
-    model.live.set_adapter(_ADAPTER)  # deleting the last adapter leaves none active, and adding does not change that
-    model.rank = rank
+    # In this order: between deleting the only adapter and adding the next, PEFT has no head to set.
+    model.live.add_adapter(spare, config)
+    model.live.set_adapter(spare)
+    model.live.delete_adapter(model.adapter_name)
+    model.adapter_name, model.rank = spare, rank
     _train_in_float32(model.live)
 
 

@@ -34,6 +34,7 @@ from worker.trainer_protocol import (
 )
 
 DEFAULT_COMMAND = (sys.executable, "-m", "worker.trainer")
+MAX_LOAD_SECONDS = 6 * 3600.0  # a base model may have to come over a slow line first
 _REMEMBERED_LINES = 8  # of the trainer's stderr, for the message when it has died
 _LONGEST_QUOTE = 600
 _MAX_STDERR_BYTES = 64 << 10  # a longer line is passed through in pieces
@@ -135,7 +136,11 @@ class TrainerProcess:
         await self.stop()
         self._running = await _spawn(self._command)
         log.info("trainer started", pid=self._running.process.pid)
-        loaded = await self._ask(order, Loaded, _ignore)
+        try:
+            loaded = await self._ask(order, Loaded, _ignore)
+        except TaskFailed:
+            await self.stop()  # it lives, but without a model it is of no use to the next task
+            raise
         before, self._loaded = self._loaded, loaded
         if before is not None and _identity_of(before) != _identity_of(loaded):
             await self.stop()
@@ -147,14 +152,14 @@ class TrainerProcess:
         running = self._running
         if running is None:
             raise RuntimeError("there is no trainer to ask")
+        limit_seconds = MAX_LOAD_SECONDS if isinstance(request, Load) else self._max_task_seconds
         try:
-            async with asyncio.timeout(self._max_task_seconds):
+            async with asyncio.timeout(limit_seconds):
                 answer = await _converse(running, request, on_progress)
         except TimeoutError:
             await self.stop()
-            raise TaskFailed(
-                "time_limit", f"{type(request).__name__} took longer than max_task_seconds {self._max_task_seconds:g}"
-            ) from None
+            what = type(request).__name__.lower()
+            raise TaskFailed("time_limit", f"trainer: {what} took longer than {limit_seconds:g} s") from None
         except BaseException:
             await self.stop()
             raise

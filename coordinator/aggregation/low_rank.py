@@ -35,6 +35,7 @@ def truncate_product(left: Matrix, right: Matrix, reserve: Matrix) -> LowRank:
     thread. Raises AdapterMismatch if rows of `reserve` are needed and dependent.
     """
     rank = len(reserve)
+    # Directions of weight zero (the previous global's, where the owners decide alone) cost nothing.
     used = left.any(axis=0)
     left, right = left[:, used], right[used]
     left_basis, left_core = _compress(left)

@@ -68,6 +68,15 @@ class EffectiveUpdate:
     num_examples: int
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One client's effective factors of one module."""
+
+    client_id: str
+    factors: Factors
+    num_examples: int
+
+
 def aggregate(job: AggregationJob, run: Run = map) -> tuple[Adapter, RoundReport]:
     """The next global adapter, module by module through `run` (map, or a pool's map), and the report on it.
 
@@ -88,17 +97,16 @@ def aggregate_adapters(
 ) -> tuple[Adapter, RoundReport]:
     """The same for adapters in memory: equal input gives equal bytes. `levels` as in AggregationJob."""
     updates = sorted(updates, key=lambda update: update.client_id)
-    clients = [update.client_id for update in updates]
     num_examples = tuple(update.num_examples for update in updates)
-    _check_ids(clients)
+    _check_ids([update.client_id for update in updates])
     for update in updates:
         if update.adapter.spec != previous.spec:
             raise AdapterMismatch(f"{update.client_id}: other modules or tensors than the global adapter's")
     with threadpool_limits(limits=1):
         merged = {}
         for name, factors in previous.modules.items():
-            theirs = [update.adapter.modules[name] for update in updates]
-            merged[name] = _merge(options, name, factors, dict(zip(clients, theirs, strict=True)), num_examples)
+            parts = [_Part(u.client_id, u.adapter.modules[name], u.num_examples) for u in updates]
+            merged[name] = _merge(options, name, factors, parts)
         tensors = {
             name: _average((update.adapter.tensors[name] for update in updates), num_examples)
             for name in previous.tensors
@@ -116,11 +124,11 @@ def _merge_stored(job: AggregationJob, name: str) -> Merged:
     """One module of a job; the only part of the files that is read."""
     previous = read_module(job.previous, _layout(job.spec, job.global_rank, WireDtype.FLOAT32), name)
     layouts = {rank: _layout(job.spec, rank, job.wire_dtype) for rank in {entry.rank for entry in job.inputs}}
-    updates = {
-        entry.client_id: _effective(entry, name, read_module(entry.path, layouts[entry.rank], name))
-        for entry in job.inputs
-    }
-    return _merge(job.options, name, previous, updates, [entry.num_examples for entry in job.inputs])
+    parts = []
+    for entry in job.inputs:
+        factors = _effective(entry, name, read_module(entry.path, layouts[entry.rank], name))
+        parts.append(_Part(entry.client_id, factors, entry.num_examples))
+    return _merge(job.options, name, previous, parts)
 
 
 def _average_stored(job: AggregationJob, name: str) -> Array:
@@ -143,18 +151,12 @@ def _effective(entry: AggregationInput, name: str, factors: Factors) -> Factors:
     return scaled
 
 
-def _merge(
-    options: MethodOptions,
-    name: str,
-    previous: Factors,
-    updates: dict[str, Factors],
-    num_examples: Sequence[int],
-) -> Merged:
+def _merge(options: MethodOptions, name: str, previous: Factors, parts: Sequence[_Part]) -> Merged:
     try:
-        return make_method(options)(previous, list(updates.values()), num_examples)
+        return make_method(options)(previous, [p.factors for p in parts], [p.num_examples for p in parts])
     except NotFinite as error:
-        largest = max(updates, key=lambda client_id: _size_of(updates[client_id]))
-        raise NotFinite(f"{name}: {error}; the largest update is {largest}'s") from error
+        largest = max(parts, key=lambda part: _size_of(part.factors))
+        raise NotFinite(f"{name}: {error}; the largest update is {largest.client_id}'s") from error
 
 
 def _size_of(factors: Factors) -> float:

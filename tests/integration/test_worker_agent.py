@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -19,12 +20,14 @@ from structlog.testing import capture_logs
 
 from common.adapter import initial_adapter
 from common.codec import Layout, decode, encode
-from common.errors import IdentityConflict, ProtocolTooOld, UnknownClient
-from worker.config import CoordinatorAddress, DataConfig, ModelConfig, SitePolicy, WorkerConfig
+from common.errors import IdentityConflict, ProtocolTooOld, Unavailable, UnknownClient
+from worker.client import CoordinatorClient, Credentials
+from worker.config import CoordinatorAddress, DataConfig, ModelConfig, SitePolicy, TlsConfig, WorkerConfig
 from worker.contact import Clock, pause_seconds
 from worker.identity import is_alive
 from worker.policy import PolicyRefused
 from worker.run import work
+from worker.supervisor import TaskFailed
 
 TRAINER = (sys.executable, tiny_trainer.__file__)
 RANK = 4
@@ -69,6 +72,10 @@ class Site:
     @property
     def state_dir(self) -> Path:
         return self.folder / "state"
+
+    def has_trainer(self) -> bool:
+        pid = (self.folder / "pid").read_text()
+        return Path(f"/proc/{pid}").exists()
 
     def mishaps(self, *what: str) -> None:
         (self.folder / "mishaps").write_text("".join(f"{one}\n" for one in what))
@@ -270,14 +277,32 @@ async def test_a_trainer_that_fails_costs_one_task(site: Site, mishap: str, reas
     assert [u.lease_token for u in site.coordinator.updates] == [2]
 
 
+async def test_a_trainer_that_cannot_load_again_fails_that_task_and_is_started_anew_for_the_next(site: Site) -> None:
+    site.script.tasks = [train(1), train(2), train(3)]
+    site.mishaps("crash", "load_fails")
+
+    await site.work()
+
+    assert [(f.lease_token, f.reason) for f in site.coordinator.failures] == [(1, "trainer_died"), (2, "data_error")]
+    assert [u.lease_token for u in site.coordinator.updates] == [3]
+
+
+async def test_a_site_that_cannot_load_says_why_and_does_not_join(site: Site) -> None:
+    site.mishaps("load_fails")
+
+    with pytest.raises(TaskFailed, match=r"data\.train: there is no such file"):
+        await site.work()
+    assert site.coordinator.joins == []
+
+
 async def test_a_task_that_takes_too_long_is_given_back(site: Site) -> None:
     site.script.tasks = [train(1), train(2)]
     site.mishaps("hang")
 
-    await site.work(SitePolicy(max_task_seconds=3))
+    await site.work(SitePolicy(max_task_seconds=2))
 
     (failure,) = site.coordinator.failures
-    assert failure.reason == "time_limit"
+    assert (failure.reason, failure.message) == ("time_limit", "trainer: train took longer than 2 s")
     assert [u.lease_token for u in site.coordinator.updates] == [2]
 
 
@@ -377,8 +402,7 @@ async def test_a_cancelled_worker_leaves_and_no_trainer_survives(site: Site) -> 
     async with site.working():
         await site.coordinator.training.wait()
     assert site.coordinator.departures == ["ada"]
-    pid = int((site.folder / "pid").read_text())
-    assert not Path(f"/proc/{pid}").exists()
+    assert not site.has_trainer()
 
 
 def test_the_agent_never_imports_torch() -> None:
@@ -386,3 +410,30 @@ def test_the_agent_never_imports_torch() -> None:
     code = f"import sys, worker.run; print([m for m in '{heavy}'.split() if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+async def test_sigterm_stops_the_trainer_and_leaves_in_an_orderly_way(site: Site) -> None:
+    site.script.tasks = [train()]
+    site.mishaps("hang")
+    async with site.working() as worker:
+        await site.coordinator.training.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await worker  # an order that was followed is no error
+    assert site.coordinator.departures == ["ada"]
+    assert not site.has_trainer()
+
+
+async def test_a_worker_that_terminates_without_a_coordinator_does_not_wait_for_it(site: Site) -> None:
+    await site.coordinator.stop()
+    with capture_logs() as logs:
+        async with site.working():
+            await site.time.backed_off.wait()
+    assert logs[-1]["event"] == "left without a goodbye"
+
+
+async def test_tls_to_a_coordinator_in_the_clear_says_handshake(site: Site) -> None:
+    where = CoordinatorAddress(address=f"127.0.0.1:{site.coordinator.port}", tls=TlsConfig())
+    client = CoordinatorClient(where, Credentials("ada", "key", "0"))
+    with pytest.raises(Unavailable, match="cannot be reached: TLS handshake failed"):
+        await client.handshake()
+    await client.close()

@@ -1,7 +1,6 @@
 """The worker's uploads and downloads of real sizes over real gRPC, cut and damaged on the way."""
 
 import hashlib
-import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from worker.contact import Clock, Contact
 from worker.downloads import KEPT_SLICES, Slices
 from worker.messages import Blob
 
-CONTENT = random.Random(7).randbytes(3 * CHUNK_BYTES + CHUNK_BYTES // 2)
+CONTENT = hashlib.shake_256(b"update").digest(3 * CHUNK_BYTES + CHUNK_BYTES // 2)
 BLOB = Blob(hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
 
 

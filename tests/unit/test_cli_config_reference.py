@@ -13,7 +13,7 @@ from worker.config import WorkerConfig
 class Inner(Section):
     """A part."""
 
-    ranks: dict[str, int] = {}
+    ranks: dict[str, int] = Field(default_factory=dict)
     """By client."""
     names: tuple[str, ...] = ("a", "b")
     """Whom."""

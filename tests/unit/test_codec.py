@@ -206,7 +206,7 @@ def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(
     file = tmp_path / "update"
     for place in range(len(layout.header), len(content), len(poison)):
         poisoned = content[:place] + poison + content[place + len(poison) :]
-        with pytest.raises(NotFinite, match="client ada: .* at index "):
+        with pytest.raises(NotFinite, match=r"client ada: .* at index "):
             decode(poisoned, layout, "client ada")
         file.write_bytes(poisoned)
         with pytest.raises(NotFinite, match="client ada"):

@@ -62,7 +62,7 @@ def test_only_synced_bytes_count_as_committed(part: Path, monkeypatch: pytest.Mo
 
 def test_what_a_dead_process_left_is_made_durable_before_it_counts(part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part.write_bytes(CONTENT[:300])
-    synced = []
+    synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
     attempt = PartFile(part, expected())
     assert synced

@@ -1,0 +1,31 @@
+"""Which addresses nobody outside this machine can reach, and the options' tempo."""
+
+import pytest
+
+from common.channel import Keepalive, client_options, is_loopback, server_options
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:7070", "127.8.8.8:1", "localhost:7070", "localhost", "[::1]:7070", "::1", "unix:/run/raflora"],
+)
+def test_loopback_is_loopback(address: str) -> None:
+    assert is_loopback(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "coordinator:7070", "10.0.0.1:7070", "0.0.0.0:7070", "[::]:7070", "[2001:db8::1]:7070", "",
+        "127.0.0.1.example.org:7070", "127.example.org:7070", "localhost.example.org:7070", "localhosts:7070",
+    ],
+)  # fmt: skip
+def test_a_name_that_only_begins_like_loopback_is_not(address: str) -> None:
+    assert not is_loopback(address)
+
+
+def test_the_server_always_allows_the_clients_pings() -> None:
+    for factor in (1.0, 0.5, 0.01):
+        keepalive = Keepalive().scaled(factor)
+        allowed = dict(server_options(keepalive))["grpc.http2.min_ping_interval_without_data_ms"]
+        assert int(allowed) < int(dict(client_options(keepalive))["grpc.keepalive_time_ms"])
