@@ -40,6 +40,7 @@ _OPERATE = Group.create_ordered("Operate")
 _SET_UP = Group.create_ordered("Set up")
 
 # One line a verb; its help is its docstring.
+app.command("cli.demo:demo", group=_RUN)
 app.command("cli.coordinator:coordinator", group=_RUN)
 app.command("cli.worker:worker", group=_RUN)
 app.command("cli.status:status", group=_LOOK)

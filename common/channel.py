@@ -119,14 +119,30 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
-# Unary calls only: a stream that has begun is committed and resumes at its offset in our own code.
+# Unary calls only: a stream that has begun resumes at its offset in our own code, not from gRPC's retry buffer.
+_RETRIED = {
+    "raflora.v1.FederationService": (
+        "Handshake",
+        "Join",
+        "PollTask",
+        "Heartbeat",
+        "BeginUpload",
+        "QueryUpload",
+        "SubmitUpdate",
+        "SubmitEvaluation",
+        "FailTask",
+        "Leave",
+    ),
+    "raflora.v1.StatusService": ("GetStatus", "ListRounds", "ListClients"),
+}
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [
             {
                 "name": [
-                    {"service": "raflora.v1.FederationService"},
-                    {"service": "raflora.v1.StatusService"},
+                    {"service": service, "method": method}
+                    for service, methods in _RETRIED.items()
+                    for method in methods
                 ],
                 "retryPolicy": {
                     "maxAttempts": 4,

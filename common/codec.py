@@ -20,13 +20,14 @@ import ml_dtypes
 import numpy as np
 
 from common.adapter import Adapter, AdapterSpec, Array, Factors
-from common.errors import AdapterMismatch, NotFinite, WrongSize
+from common.errors import AdapterMismatch, NotFinite, OutOfBounds, WrongSize
 
 MAX_HEADER_BYTES = 8 << 20
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
 _QUOTE_CHARS = 200
-_FINITE_BLOCK = 1 << 20  # numbers looked at in one go: bounds the memory of a check
+MAX_MAGNITUDE = 1e4  # far above any trained factor; products of such factors stay finite in float32
+_CHECKED_BLOCK = 1 << 20  # numbers looked at in one go: bounds the memory of a check
 
 
 class WireDtype(StrEnum):
@@ -126,12 +127,17 @@ def decode(content: bytes | memoryview, layout: Layout, whose: str) -> Adapter:
 
 
 def check_file(path: Path, layout: Layout, whose: str) -> None:
-    """Everything decode checks, in bounded memory. Raises the same errors."""
+    """What the coordinator demands of an update: all that decode checks, and no absurd number; in bounded memory.
+
+    Raises the same errors as decode, and OutOfBounds for a number beyond MAX_MAGNITUDE.
+    """
     with path.open("rb") as file:
         check_header(file.read(_start_bytes(layout)), path.stat().st_size, layout, whose)
     content = _mapped(path)
     for name in layout.shapes:
-        _check_finite(_raw(content, layout, name), name, whose)
+        raw = _raw(content, layout, name)
+        _check_values(raw, name, whose)
+        _check_magnitude(raw, name, whose)
 
 
 def read_module(path: Path, layout: Layout, module: str) -> Factors:
@@ -171,7 +177,7 @@ def _mapped(path: Path) -> memoryview:
 def _to_wire(array: Array, dtype: WireDtype, name: str) -> bytes:
     with np.errstate(over="ignore"):
         raw = array.astype(_NUMPY[dtype], order="C")
-    _check_finite(raw.reshape(-1), name, whose=f"adapter to be sent in {dtype}")
+    _check_values(raw.reshape(-1), name, whose=f"adapter to be sent in {dtype}")
     return raw.tobytes()
 
 
@@ -192,7 +198,7 @@ def _factors(content: memoryview, layout: Layout, module: str, whose: str) -> Fa
 
 def _array(content: memoryview, layout: Layout, name: str, whose: str) -> Array:
     raw = _raw(content, layout, name)
-    _check_finite(raw, name, whose)
+    _check_values(raw, name, whose)
     return raw.astype(np.float32).reshape(layout.shapes[name])
 
 
@@ -201,12 +207,22 @@ def _raw(content: memoryview, layout: Layout, name: str) -> np.ndarray[Any, np.d
     return np.frombuffer(content, dtype=_NUMPY[layout.dtype], count=count, offset=layout.offsets[name])
 
 
-def _check_finite(raw: np.ndarray[Any, np.dtype[Any]], name: str, whose: str) -> None:
-    for start in range(0, raw.size, _FINITE_BLOCK):
-        finite = np.isfinite(raw[start : start + _FINITE_BLOCK])
+def _check_values(raw: np.ndarray[Any, np.dtype[Any]], name: str, whose: str) -> None:
+    for start in range(0, raw.size, _CHECKED_BLOCK):
+        finite = np.isfinite(raw[start : start + _CHECKED_BLOCK])
         if not finite.all():
             index = start + int(np.argmin(finite))
             raise NotFinite(f"{whose}: {name} holds {raw[index]} at index {index}; only finite numbers are accepted")
+
+
+def _check_magnitude(raw: np.ndarray[Any, np.dtype[Any]], name: str, whose: str) -> None:
+    for start in range(0, raw.size, _CHECKED_BLOCK):
+        block = np.abs(raw[start : start + _CHECKED_BLOCK].astype(np.float32))
+        if block.max(initial=0.0) > MAX_MAGNITUDE:
+            index = start + int(block.argmax())
+            raise OutOfBounds(
+                f"{whose}: {name} holds {raw[index]} at index {index}; at most {MAX_MAGNITUDE:g} is accepted"
+            )
 
 
 def _difference(start: bytes, layout: Layout) -> str:

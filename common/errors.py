@@ -75,6 +75,12 @@ class NotFinite(AdapterMismatch):
     reason = "not_finite"
 
 
+class OutOfBounds(AdapterMismatch):
+    """A number so large that it could only spoil the aggregation."""
+
+    reason = "out_of_bounds"
+
+
 class WrongSize(AdapterMismatch):
     """An upload is not exactly as long as its rank demands."""
 

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def check_digest(digest: str, whose: str) -> str:
     return digest
 
 
-def chunks_of(path: Path, offset: int = 0) -> Iterator[bytes]:
+def chunks_of(path: Path, offset: int = 0) -> Generator[bytes]:
     """The file's bytes from an offset, in chunks. Raises WrongOffset beyond its end."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size

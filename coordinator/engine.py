@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from common.errors import JournalConflict, RafloraError
+from common.errors import JournalConflict, RafloraError, Unavailable
 from coordinator.clock import FederationClock
 from coordinator.federation.due import next_deadline
-from coordinator.federation.events import Event, evolve
+from coordinator.federation.events import ClientJoined, Event, evolve
 from coordinator.federation.requests import NoteSilence, Request, Tick
 from coordinator.federation.state import Membership, State
 from coordinator.federation.step import Command, Transition, pending, step
@@ -56,6 +56,7 @@ class Engine:
         self._changed = asyncio.Condition()
         self.version = 0  # of the state, for those who wait for a change
         self._heard_at: dict[str, float] = {}
+        self._has_ended = False
 
     @property
     def now(self) -> float:
@@ -68,9 +69,15 @@ class Engine:
         return self.now - self._started_at
 
     async def submit(self, request: Request) -> Transition:
-        """What became of the request, durable. Raises the typed error of a refused one."""
+        """What became of the request, durable.
+
+        Raises the typed error of a refused one, Unavailable if the engine has ended or ends meanwhile.
+        """
         waiting = _Waiting(request)
-        await self._queue.put(waiting)
+        if not self._has_ended:
+            await self._queue.put(waiting)
+        if self._has_ended:
+            _refuse(waiting, _ending())
         return await waiting.answer
 
     async def wait_for_change(self, version: int, timeout_seconds: float) -> int:
@@ -97,12 +104,14 @@ class Engine:
             self._heard_at.setdefault(client.client_id, self.now)  # a restart is nobody's silence
         for command in pending(self.state):
             self._carry_out(command)
-        await self._take([_Waiting(Tick())])
+        batch = [_Waiting(Tick())]
         try:
             while True:
-                await self._take(await self._next_batch())
+                await self._take(batch)
+                batch = await self._next_batch()
         finally:
-            self._refuse_everybody()
+            self._has_ended = True
+            self._refuse_everybody(batch)
 
     async def _next_batch(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
@@ -146,9 +155,7 @@ class Engine:
             try:
                 transition = step(state, waiting.request, now)
             except RafloraError as error:
-                if not waiting.answer.done():
-                    waiting.answer.set_exception(error)
-                    waiting.answer.exception()  # a caller that has gone must not make a warning
+                _refuse(waiting, error)
                 continue
             state = transition.state
             events += transition.events
@@ -173,6 +180,8 @@ class Engine:
         self.state = state
         for event in events:
             log.debug("event", kind=type(event).__name__, sequence=self._sequence)
+            if isinstance(event, ClientJoined):
+                self.hear(event.client.client_id)  # or what it was silent before would count at once
         if self._sequence - self._snapshot_at >= SNAPSHOT_EVERY:
             body = snapshot_of(state)
             await asyncio.to_thread(self._journal.save_snapshot, self._federation, self._sequence, body)
@@ -181,11 +190,21 @@ class Engine:
             self.version += 1
             self._changed.notify_all()
 
-    def _refuse_everybody(self) -> None:
+    def _refuse_everybody(self, batch: list[_Waiting]) -> None:
         while not self._queue.empty():
-            waiting = self._queue.get_nowait()
-            if not waiting.answer.done():
-                waiting.answer.cancel()
+            batch.append(self._queue.get_nowait())
+        for waiting in batch:
+            _refuse(waiting, _ending())
+
+
+def _refuse(waiting: _Waiting, error: RafloraError) -> None:
+    if not waiting.answer.done():
+        waiting.answer.set_exception(error)
+        waiting.answer.exception()  # a caller that has gone must not make a warning
+
+
+def _ending() -> Unavailable:
+    return Unavailable("the coordinator is ending; ask again when it is back")
 
 
 def _replay(federation: str, journal: Journal) -> tuple[State, int, float]:

@@ -6,9 +6,11 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import structlog
 
 from common.codec import encode
+from common.errors import NotFinite
 from coordinator.aggregation.method import MethodOptions
 from coordinator.aggregation.report import RoundReport
 from coordinator.aggregation.round import AggregationInput, AggregationJob, aggregate, initialise_pool
@@ -76,7 +78,10 @@ def merge(
         options=MethodOptions(manifest.aggregation.method, manifest.aggregation.weight_floor),
         levels=levels,
     )
-    adapter, report = aggregate(job, pool.map if pool else map)
+    try:
+        adapter, report = aggregate(job, pool.map if pool else map)
+    except np.linalg.LinAlgError as error:
+        raise NotFinite(f"round {command.number}: the singular values did not converge: {error}") from error
     digest = blobs.put(encode(adapter))
     seconds = time.perf_counter() - started
     log.info(

@@ -64,6 +64,8 @@ async def run_coordinator(
             service = CoordinatorService(config, journal, blobs, on_published)
             try:
                 await _serve(config, service, tls, on_listening)
+            except BaseExceptionGroup as group:
+                raise _first_of(group) from group
             finally:
                 service.close()
         finally:
@@ -124,7 +126,13 @@ def _bind(server: grpc.aio.Server, listen: str, tls: Tls | None) -> str:
         raise Unavailable(
             f"server.listen: {listen} cannot be bound; is another coordinator running? ({error})"
         ) from None
-    return f"{listen.rpartition(':')[0]}:{port}"
+    return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+
+def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that ended the tasks of a group; the others are those that it took along."""
+    first = group.exceptions[0]
+    return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def _stop_on_signals() -> asyncio.Event:

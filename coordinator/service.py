@@ -30,8 +30,18 @@ from coordinator.federation.requests import (
     Publish,
     SubmitEvaluation,
     SubmitUpdate,
+    check_join,
 )
-from coordinator.federation.state import Assignment, Client, Kind, Membership, OpenRound, Phase, Profile
+from coordinator.federation.state import (
+    Assignment,
+    Client,
+    Kind,
+    Membership,
+    OpenRound,
+    Phase,
+    Profile,
+    part_of,
+)
 from coordinator.federation.step import Aggregate, Command, member
 from coordinator.founding import check_base_model, check_spec, found
 from coordinator.manifest import Manifest, RoundPlan, check_unchanged, read_spec_file
@@ -112,7 +122,8 @@ class CoordinatorService:
         self._on_published = on_published
         self._pool = make_pool(config.aggregation.processes)
         self._founding = asyncio.Lock()
-        self._background: set[asyncio.Task[None]] = set()
+        self._commands = asyncio.TaskGroup()  # an error in one of them is fatal, as in the engine
+        self._merging = 0
         self._in_flight: set[str] = set()  # digests adopted whose event is not in the journal yet
         if self.engine.state.manifest_digest:
             content = blobs.verify(self.engine.state.manifest_digest).read_bytes()
@@ -135,11 +146,11 @@ class CoordinatorService:
 
     async def run(self) -> None:
         """The engine, and the founding if the spec is known from a file. Until cancelled; an error is fatal."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.engine.run())
+        async with self._commands:
+            self._commands.create_task(self.engine.run())
             if self.manifest is None and self.config.adapter.spec is not None:
                 spec, digest = await asyncio.to_thread(read_spec_file, self.config.adapter.spec)
-                await self._found(spec, digest)
+                await self._found_if_new(spec, digest, "adapter.spec")
             await self._sweep()
 
     def close(self) -> None:
@@ -153,13 +164,14 @@ class CoordinatorService:
         self, client_id: str, enrol_key: str, profile: Profile, spec: AdapterSpec, base_model_digest: str
     ) -> Client:
         """The client with its granted rank. The first one may found the federation."""
-        whose = f"client {client_id!r}"
+        whose, request = f"client {client_id!r}", Join(client_id, enrol_key, profile)
+        check_join(request)  # before it may found anything
         check_digest(base_model_digest, whose)
         await self._found_if_new(spec, base_model_digest, whose)
         check_base_model(self.known_manifest.base_model_digest, base_model_digest, whose)
         check_spec(self.known_manifest, spec, whose)
+        transition = await self.engine.submit(request)
         self.engine.hear(client_id)
-        transition = await self.engine.submit(Join(client_id, enrol_key, profile))
         client = transition.state.clients[client_id]
         if transition.outcome is Outcome.ACCEPTED:
             log.info("client joined", client=client_id, rank=client.rank, examples=profile.num_examples)
@@ -277,7 +289,7 @@ class CoordinatorService:
         """Validates, makes durable, records, and only then answers. Bad bytes are forgotten and change nothing."""
         client_id, update = request.client_id, request.update
         await self.known_member(client_id, enrol_key)
-        _check_numbers(client_id, update.num_examples, update.metrics)
+        _check_numbers(client_id, update.num_examples, {**update.metrics, "training_seconds": update.training_seconds})
         opened = self.engine.state.open
         assignment = _takeable(opened, self.engine.state.phase, client_id)
         if opened is None or assignment is None or opened.number != request.number or opened.kind is not Kind.TRAIN:
@@ -318,7 +330,7 @@ class CoordinatorService:
         state = self.engine.state
         clients = [c for c in state.clients.values() if c.membership in (Membership.ACTIVE, Membership.LOST)]
         rounds = self.config.rounds
-        cohort = max(rounds.min_clients, math.ceil(rounds.fraction * len(clients)))
+        cohort = max(rounds.min_clients, part_of(rounds.fraction, len(clients)))
         return forecast_collapse([(c.rank, c.profile.num_examples) for c in clients], cohort)
 
     async def published_slice(self, rank: int) -> tuple[BlobReference, int]:
@@ -340,9 +352,11 @@ class CoordinatorService:
     async def _found(self, spec: AdapterSpec, base_model_digest: str) -> None:
         manifest = Manifest.of(self.config, spec, base_model_digest)
         request = await asyncio.to_thread(found, manifest, self.blobs)
-        await self.engine.submit(request)
-        self._adopt(manifest)
-        log.info("federation founded", manifest=manifest.digest[:12], modules=len(spec.modules))
+        transition = await self.engine.submit(request)
+        # The journal's, not ours: a caller that hung up after its own was recorded may have come before.
+        path = await asyncio.to_thread(self.blobs.verify, transition.state.manifest_digest)
+        self._adopt(Manifest.from_content(path.read_bytes()))
+        log.info("federation founded", manifest=self.known_manifest.digest[:12], modules=len(spec.modules))
 
     def _adopt(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -372,11 +386,25 @@ class CoordinatorService:
         )
 
     def _carry_out(self, command: Command) -> None:
-        task = asyncio.create_task(self._aggregate(command))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        self._commands.create_task(self._aggregate(command))
 
     async def _aggregate(self, command: Aggregate) -> None:
+        self._merging += 1
+        try:
+            digest = await self._publish(command)
+        finally:
+            self._merging -= 1
+        await self._sweep()
+        if self._on_published is not None and digest:
+            manifest = self.known_manifest
+            try:
+                adapter = await asyncio.to_thread(read_global_adapter, self.blobs, manifest, digest)
+                await asyncio.to_thread(self._on_published, PublishedAdapter(adapter, manifest, command.number))
+            except OSError as error:  # what is published stays published
+                log.error("export failed", round=command.number, error=str(error))
+
+    async def _publish(self, command: Aggregate) -> str:
+        """Merges and publishes: the adapter's digest, or nothing if the round was aborted, by us or meanwhile."""
         manifest, state = self.known_manifest, self.engine.state
         ranks = {c.rank for c in state.clients.values() if c.membership is not Membership.EVICTED}
         levels = tuple(sorted(ranks | set(manifest.ranks.levels)))
@@ -387,19 +415,17 @@ class CoordinatorService:
             opened = self.engine.state.open
             if opened is not None and (opened.number, opened.attempt) == (command.number, command.attempt):
                 await self.engine.submit(AbortRound(command.number, f"the aggregation failed: {error}"))
-            return
-        self._in_flight.add(merged.adapter_digest)
-        await self.engine.submit(Publish(command.number, command.attempt, merged.adapter_digest, merged.to_json()))
-        self._in_flight.discard(merged.adapter_digest)
-        await self._sweep()
-        if self._on_published is not None:
-            adapter = await asyncio.to_thread(read_global_adapter, self.blobs, manifest, merged.adapter_digest)
-            await asyncio.to_thread(self._on_published, PublishedAdapter(adapter, manifest, command.number))
+            return ""
+        publish = Publish(command.number, command.attempt, merged.adapter_digest, merged.to_json())
+        transition = await self.engine.submit(publish)
+        return merged.adapter_digest if transition.outcome is Outcome.ACCEPTED else ""
 
     async def _sweep(self) -> None:
         """Deletes what nothing refers to."""
         if self._slices is not None:
             await self._slices.settle()  # a slice that is being written has no name yet that could be kept
+        if self._merging:
+            return  # likewise what a merge has written; it sweeps when it is done
         # From here on nothing waits, so that no submission can come in between.
         state, keep = self.engine.state, set(self._in_flight)
         keep |= {state.manifest_digest, state.adapter_digest}

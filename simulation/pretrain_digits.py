@@ -45,7 +45,8 @@ def pretrain(digits: Digits) -> ViTForImageClassification:
         loss.backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def accuracy(model: ViTForImageClassification, digits: Digits) -> float:

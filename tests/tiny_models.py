@@ -75,8 +75,9 @@ def save_vit(folder: Path, labels: Sequence[str] = SIDES) -> Path:
 def save_bert(folder: Path, *, with_pooler: bool = True) -> Path:
     """A BERT with a tokenizer of eight words; without a pooler it is the checkpoint of a masked language model."""
     torch.manual_seed(0)
-    vocabulary = {word: number for number, word in enumerate(("[PAD]", "[UNK]", *WORDS))}
-    config = BertConfig(
+    padding, unknown = "[PAD]", "[UNK]"
+    vocabulary = {word: number for number, word in enumerate((padding, unknown, *WORDS))}
+    config = BertConfig(  # type: ignore[call-arg] # the number of labels is every configuration's
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -86,10 +87,10 @@ def save_bert(folder: Path, *, with_pooler: bool = True) -> Path:
         num_labels=len(MOODS),
     )
     (BertForSequenceClassification if with_pooler else BertForMaskedLM)(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", model_max_length=16
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=words, unk_token=unknown, pad_token=padding, model_max_length=16
     ).save_pretrained(folder)
     return folder
 

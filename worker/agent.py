@@ -9,6 +9,7 @@ from common.adapter import AdapterSpec, ModuleShape, TensorShape
 from common.codec import Layout, WireDtype
 from common.errors import (
     BaseModelMismatch,
+    Evicted,
     IdentityConflict,
     InvalidRequest,
     ProtocolTooOld,
@@ -27,7 +28,7 @@ _SHORTEST_POLL_SECONDS = 1.0  # however fast a coordinator says that there is no
 _MAX_MESSAGE_CHARACTERS = 1000
 
 # What no retry mends: the worker ends and says why.
-FINAL: tuple[type[RafloraError], ...] = (IdentityConflict, BaseModelMismatch, SpecMismatch, ProtocolTooOld)
+FINAL: tuple[type[RafloraError], ...] = (Evicted, IdentityConflict, BaseModelMismatch, SpecMismatch, ProtocolTooOld)
 _NOT_OF_ONE_TASK: tuple[type[RafloraError], ...] = (*FINAL, UnknownClient)
 
 log = structlog.get_logger()
@@ -36,16 +37,14 @@ log = structlog.get_logger()
 class Agent:
     """One worker of one federation."""
 
-    def __init__(self, client_id: str, means: Means) -> None:
-        self._client_id = client_id
+    def __init__(self, means: Means) -> None:
         self._means = means
         self._said = ""
 
     async def run(self) -> None:
         """Works until the federation is over.
 
-        Raises PolicyRefused or TaskFailed if this site cannot take part, UnknownClient if it may not
-        (it was evicted), and the errors in FINAL.
+        Raises PolicyRefused or TaskFailed if this site cannot take part, and the errors in FINAL.
         """
         forgotten = 0
         while True:
@@ -56,7 +55,7 @@ class Agent:
                 await self._serve(terms)
                 return
             except UnknownClient as error:
-                # A coordinator that lost its state; one that evicted us refuses the next join.
+                # The coordinator lost its state, or an operator reset it.
                 forgotten += 1
                 log.warning("joining again", why=str(error))
                 await self._means.contact.pause(forgotten)
@@ -101,12 +100,7 @@ class Agent:
             num_examples=loaded.num_examples,
         )
         enrolment = Enrolment(welcome.protocol, profile, loaded.base_model_digest, spec)
-        try:
-            place = await self._means.contact.insist(lambda: self._means.client.join(enrolment))
-        except UnknownClient as error:
-            raise UnknownClient(
-                f"coordinator {self._means.client.address} does not let {self._client_id} in any more: {error}"
-            ) from None
+        place = await self._means.contact.insist(lambda: self._means.client.join(enrolment))
         terms = Terms(spec, _wire_dtype(place), profile.max_rank, profile.num_examples, place.heartbeat_seconds)
         size_bytes = Layout(spec, place.lora_rank, terms.wire_dtype).size_bytes
         log.info(

@@ -98,7 +98,7 @@ class CoordinatorClient:
         )
 
     async def join(self, enrolment: Enrolment) -> Place:
-        """Enrols. Raises BaseModelMismatch, SpecMismatch, IdentityConflict, UnknownClient if evicted."""
+        """Enrols. Raises BaseModelMismatch, SpecMismatch, IdentityConflict, Evicted."""
         profile = enrolment.profile
         request = pb.JoinRequest(
             protocol=enrolment.protocol,

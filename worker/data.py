@@ -83,7 +83,7 @@ def _read(source: str, subset: str | None, split: str, offline: bool) -> list[Ro
     path = Path(source).expanduser()
     if path.suffix in FILE_KINDS:
         rows = list(read_rows(path))
-    elif path.exists():
+    elif path.is_file():
         raise DataError(f"{path}: a file that ends in {', '.join(FILE_KINDS)} is expected")
     else:
         rows = _hub_rows(source, subset, split, offline)
@@ -140,7 +140,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                     raise DataError(f"{where}: not as many cells as the header has columns")
                 yield Row(where, path.parent, values)
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
+            raise DataError(f"{path}, line {reader.reader.line_num}: not CSV: {error}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

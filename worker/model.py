@@ -68,7 +68,10 @@ def load_model(config: ModelConfig, order: ModelOrder) -> AdaptedModel:
     task = task_named(order.task)
     folder = resolve_folder(config)
     digest = digest_of_weights(folder)
+    device = device_of(config)
     base = _load_base(folder, config, order, task)
+    if device.type == "cpu" and base.dtype == torch.float16:
+        base = _widened(base, config)
     targets = _resolve_targets(base, order)
     heads = _resolve_heads(base, order.modules_to_save)
     torch.manual_seed(order.seed % (1 << 63))
@@ -78,7 +81,7 @@ def load_model(config: ModelConfig, order: ModelOrder) -> AdaptedModel:
         task=task,
         folder=folder,
         labels=_labels_of(base, order.labels),
-        device=device_of(config),
+        device=device,
         base_model_digest=digest,
         spec=_spec_of(live, heads),
         modules_to_save=heads,
@@ -211,6 +214,12 @@ def _load_base(folder: Path, config: ModelConfig, order: ModelOrder, task: Task)
             f"start with different random ones; add {modules[:_SHOWN]} to modules_to_save"
         )
     return base
+
+
+def _widened(base: Any, config: ModelConfig) -> Any:
+    if config.dtype == "float16":
+        raise ModelError(f"{config.path}: float16 cannot be trained on a CPU; use bfloat16, float32 or auto")
+    return base.float()
 
 
 def _check_frozen_head(folder: Path, config: ModelConfig, order: ModelOrder) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from common.adapter import Adapter, AdapterSpec, Array, Factors
 from common.errors import AdapterMismatch
+from common.transfer import write_durably
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -108,8 +109,9 @@ def write_peft_folder(
     config = adapter_config(adapter, scaling=scaling, base_model=base_model, task=task, modules_to_save=modules_to_save)
     state = {key: np.ascontiguousarray(array) for key, array in sorted(to_state(adapter).items())}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # Each file is replaced in one step: a reader never sees half of one.
+    write_durably(folder / WEIGHTS_FILE, save(state, metadata={"format": "pt"}))
+    write_durably(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _public_name(base_model: str) -> str:

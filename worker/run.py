@@ -38,7 +38,7 @@ async def work(config: WorkerConfig, trainer_command: Sequence[str] = DEFAULT_CO
     )
     trainer = TrainerProcess(config.policy.max_task_seconds, trainer_command)
     contact = Contact(config.state_dir, clock)
-    agent = Agent(client_id, Means(config, client, trainer, contact, clock))
+    agent = Agent(Means(config, client, trainer, contact, clock))
     try:
         await _until_terminated(agent)
     finally:

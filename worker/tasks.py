@@ -88,7 +88,8 @@ class SequenceClassification(_Classification):
             tokenizer.pad_token = tokenizer.eos_token
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-        return _Texts(tokenizer, LabelColumn(config.label_column, labels), config)
+        longest = getattr(model.config, "max_position_embeddings", config.max_length)
+        return _Texts(tokenizer, longest, LabelColumn(config.label_column, labels), config)
 
 
 class ImageClassification(_Classification):
@@ -117,7 +118,7 @@ class LabelColumn:
     def number(self, row: Row) -> int:
         """The class's number. A name wins over a number, so labels "1", "2", "3" mean what they say."""
         value = row[self._column]
-        found = self._numbers.get(value.strip() if isinstance(value, str) else value)
+        found = self._numbers.get(value.strip()) if isinstance(value, str) else None
         if found is None:
             found = self._as_number(value)
         if found is None or not 0 <= found < len(self._labels):
@@ -140,11 +141,11 @@ class LabelColumn:
 
 
 class _Texts:
-    def __init__(self, tokenizer: Any, label: LabelColumn, config: DataConfig) -> None:
+    def __init__(self, tokenizer: Any, longest: int, label: LabelColumn, config: DataConfig) -> None:
         self._tokenizer = tokenizer
         self._label = label
         self._columns = [c for c in (config.text_column, config.text_pair_column) if c is not None]
-        self._max_length = min(config.max_length, tokenizer.model_max_length)
+        self._max_length = min(config.max_length, tokenizer.model_max_length, longest)
         self.collator: Collator = DataCollatorWithPadding(tokenizer)
 
     def example(self, row: Row) -> Example:

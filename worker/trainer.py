@@ -102,11 +102,13 @@ class _Trainer:
         except RafloraError as error:
             return Failed(error.reason, str(error))
         except Exception as error:
-            if is_out_of_memory(error):
-                self._free_memory()
-                return Failed("out_of_memory", f"{type(error).__name__}: {str(error).splitlines()[0]}")
-            traceback.print_exc()
-            return Failed("trainer_died", f"{type(error).__name__}: {error}", fatal=True)
+            if not is_out_of_memory(error):
+                traceback.print_exc()
+                return Failed("trainer_died", f"{type(error).__name__}: {error}", fatal=True)
+            failed = Failed("out_of_memory", f"{type(error).__name__}: {error}".partition("\n")[0])
+        # Only here: the error held the frames, and they what filled the memory.
+        _free_memory()
+        return failed
 
     def _do(self, request: Request) -> Answer:
         match request:
@@ -119,7 +121,8 @@ class _Trainer:
 
     def _load(self, request: Load) -> Loaded:
         self._session = None
-        self._free_memory()
+        gc.unfreeze()
+        _free_memory()
         config = _config_from(request.config_json)
         set_up_logs(config.log_format, config.log_level, role="trainer", client=config.name)
         _set_up_libraries(config)
@@ -182,14 +185,6 @@ class _Trainer:
         write_adapter(self._session.model, _read_slice(request, self._session.model), scaling=request.scaling)
         return self._session
 
-    @staticmethod
-    def _free_memory() -> None:
-        gc.unfreeze()
-        gc.collect()
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-
 
 class _Progress:
     """Says how far the work is, but not at every step of a tiny model."""
@@ -214,8 +209,16 @@ def is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    # On a CPU torch has no type of its own for it.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    # Elsewhere torch has no type of its own for it.
+    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _keep_stdout_for_answers() -> BinaryIO:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from common.errors import RafloraError
+from common.errors import InvalidRequest, RafloraError
 from worker.data import Example
 from worker.model import AdaptedModel
 from worker.tasks import Collator
@@ -54,6 +54,8 @@ def train(
     `memory_batch` is how many examples fit at once; the plan's batch is accumulated from equal parts of at most
     that size, so it is the same batch on every machine.
     """
+    if plan.batch_size < 1 or (plan.local_steps < 1 and plan.local_epochs <= 0):
+        raise InvalidRequest(f"plan: nothing to do in {plan}")
     part = _largest_divisor(plan.batch_size, at_most=memory_batch or plan.batch_size)
     duration = {"max_steps": plan.local_steps} if plan.local_steps else {"num_train_epochs": plan.local_epochs}
     with tempfile.TemporaryDirectory() as unused:
@@ -76,7 +78,7 @@ def train(
         )
         trainer = _trainer(model, arguments, collator, [_Watch(report)], train_dataset=examples)
         started = time.monotonic()
-        result = _run(model, trainer, trainer.train)
+        result = _run(model, trainer.train)
         seconds = time.monotonic() - started
     for name, parameter in model.live.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
@@ -108,7 +110,7 @@ def evaluate(
             compute_metrics=model.task.metrics,
         )
         started = time.monotonic()
-        found = _run(model, trainer, trainer.evaluate)
+        found = _run(model, trainer.evaluate)
         seconds = time.monotonic() - started
     if not math.isfinite(found["eval_loss"]):
         raise Diverged(f"the evaluation loss is {found['eval_loss']}")
@@ -205,14 +207,12 @@ def _trainer(
     return trainer
 
 
-def _run(model: AdaptedModel, trainer: Trainer, work: Callable[[], Any]) -> Any:
-    """Does the work and leaves the model as it was found, save for the adapter's values."""
+def _run(model: AdaptedModel, work: Callable[[], Any]) -> Any:
+    """Does the work and lets go of the gradients, whatever comes of it."""
     try:
         return work()
     finally:
         model.live.zero_grad(set_to_none=True)
-        # With bf16 or fp16 accelerate wraps forward; unwrapped here, or each round would add a layer.
-        trainer.accelerator.unwrap_model(model.live, keep_fp32_wrapper=False)
 
 
 def _largest_divisor(number: int, *, at_most: int) -> int:

@@ -20,7 +20,8 @@ def explain(state: State, now: float) -> str:
 def _between_rounds(state: State) -> str:
     if state.is_paused:
         why = f" because {state.pause_reason}" if state.pause_reason else ""
-        return f"paused before round {state.round + 1}{why}; `raflora resume` goes on"
+        what = f"the evaluation of round {state.round}" if state.is_evaluation_due else f"round {state.round + 1}"
+        return f"paused before {what}{why}; `raflora resume` goes on"
     here, needed = len(state.active_clients), state.known_rules.min_clients
     return f"waiting for clients: {here} of {needed} are here"
 

@@ -2,10 +2,9 @@
 
 import hashlib
 from fnmatch import fnmatchcase
-from math import ceil
 from typing import assert_never
 
-from coordinator.federation.state import Client, Profile, RankPolicy, Rules
+from coordinator.federation.state import Client, Profile, RankPolicy, Rules, part_of
 
 
 def grant_rank(rules: Rules, client_id: str, profile: Profile, order: int) -> int:
@@ -25,7 +24,7 @@ def grant_rank(rules: Rules, client_id: str, profile: Profile, order: int) -> in
 
 def select_cohort(rules: Rules, clients: tuple[Client, ...], number: int, attempt: int) -> tuple[tuple[str, int], ...]:
     """The clients of a round with their ranks, by client id; a seeded draw without replacement."""
-    size = max(rules.min_clients, ceil(rules.fraction * len(clients)))
+    size = max(rules.min_clients, part_of(rules.fraction, len(clients)))
     drawn = sorted(clients, key=lambda c: _lot(rules.seed, number, attempt, c.client_id))[:size]
     return tuple(sorted((c.client_id, c.rank) for c in drawn))
 

@@ -5,9 +5,13 @@ Workers ask the first six, operators the next six, the engine the last three.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import isfinite
 from typing import TypeAlias
 
+from common.errors import InvalidRequest
 from coordinator.federation.state import Evaluation, Profile, Rules, Update
+
+_MAX_ID_CHARS = 200
 
 
 class Outcome(StrEnum):
@@ -170,3 +174,19 @@ Request: TypeAlias = (
     | Publish
     | Tick
 )
+
+
+def check_join(request: Join) -> None:
+    """Raises InvalidRequest for what no federation takes, whatever its state."""
+    whose, profile = f"client {request.client_id[:80]!r}", request.profile
+    if not 1 <= len(request.client_id) <= _MAX_ID_CHARS or not request.client_id.isprintable():
+        raise InvalidRequest(f"{whose}: a client id has 1 to {_MAX_ID_CHARS} printable characters")
+    if not 1 <= len(request.enrol_key) <= _MAX_ID_CHARS:
+        raise InvalidRequest(f"{whose}: an enrolment key of {len(request.enrol_key)} characters; 1 to {_MAX_ID_CHARS}")
+    if profile.max_rank < 1 or profile.num_examples < 1:
+        raise InvalidRequest(
+            f"{whose}: max_rank {profile.max_rank} and num_examples {profile.num_examples}; both must be at least 1"
+        )
+    # JSON has no word for it: the journal could not be read again.
+    if not isfinite(profile.examples_per_second):
+        raise InvalidRequest(f"{whose}: examples_per_second {profile.examples_per_second}; a finite number is expected")

@@ -38,6 +38,12 @@ class RankPolicy(StrEnum):
     CYCLE = "cycle"  # the operator's levels in the order of joining: unequal ranks for equal machines
 
 
+def part_of(share: float, count: int) -> int:
+    """The share of a count, rounded up to whole clients."""
+    # 0.07 * 100 is 7.000000000000001 in binary, and means seven.
+    return ceil(round(share * count, 9))
+
+
 @dataclass(frozen=True)
 class Rules:
     """What the operator decided about rounds and ranks; part of the manifest, never changed later."""
@@ -59,7 +65,7 @@ class Rules:
 
     def quorum_of(self, cohort: int) -> int:
         """How many updates a round of this cohort needs."""
-        wanted = ceil(self.quorum * cohort) if self.quorum <= 1 else int(self.quorum)
+        wanted = part_of(self.quorum, cohort) if self.quorum <= 1 else int(self.quorum)
         return max(1, min(wanted, cohort))
 
 

@@ -59,6 +59,7 @@ from coordinator.federation.requests import (
     SubmitEvaluation,
     SubmitUpdate,
     Tick,
+    check_join,
 )
 from coordinator.federation.state import (
     Assignment,
@@ -152,15 +153,7 @@ def member(state: State, client_id: str, enrol_key: str) -> Client:
 
 def _join(state: State, request: Join, _now: float) -> _Decision:
     rules, known = state.known_rules, state.clients.get(request.client_id)
-    if not request.client_id or len(request.client_id) > 200 or not request.client_id.isprintable():
-        raise InvalidRequest(f"client id {request.client_id[:80]!r}: 1 to 200 printable characters are expected")
-    if not request.enrol_key:
-        raise InvalidRequest(f"client {request.client_id!r}: no enrolment key")
-    if request.profile.max_rank < 1 or request.profile.num_examples < 1:
-        raise InvalidRequest(
-            f"client {request.client_id!r}: max_rank {request.profile.max_rank} and num_examples "
-            f"{request.profile.num_examples}; both must be at least 1"
-        )
+    check_join(request)
     # An active or evicted name belongs to its key; a lost or left one may be taken up by a rebuilt worker.
     if known is not None and known.membership in (Membership.ACTIVE, Membership.EVICTED):
         member(state, request.client_id, request.enrol_key)
@@ -181,7 +174,9 @@ def _join(state: State, request: Join, _now: float) -> _Decision:
     return _NOTHING if client == known else (Outcome.ACCEPTED, (ClientJoined(client),))
 
 
-def _leave(_state: State, request: Leave, _now: float) -> _Decision:
+def _leave(state: State, request: Leave, _now: float) -> _Decision:
+    if _known(state, request.client_id).membership in (Membership.LEFT, Membership.EVICTED):
+        return _NOTHING  # an evicted client must not turn into one that may join again
     return Outcome.ACCEPTED, (MembershipChanged(request.client_id, Membership.LEFT),)
 
 
@@ -189,6 +184,8 @@ def _claim(state: State, request: Claim, _now: float) -> _Decision:
     opened, assignment = _part(state, request.client_id, request.number, request.attempt)
     if opened is None or assignment is None or assignment.is_done or assignment.is_failed:
         return Outcome.STALE, ()
+    if state.phase is Phase.AGGREGATING:
+        return Outcome.ROUND_CLOSED, ()
     token = state.last_lease_token + 1
     return Outcome.ACCEPTED, (TaskClaimed(request.client_id, token, request.slice_digest),)
 
@@ -228,8 +225,8 @@ def _fail(state: State, request: Fail, _now: float) -> _Decision:
     assignment = state.open.assignment_of(request.client_id) if state.open else None
     if assignment is None or assignment.is_done or assignment.is_failed or state.phase is Phase.AGGREGATING:
         return Outcome.STALE, ()
-    if request.lease_token != assignment.lease_token:
-        return Outcome.SUPERSEDED, ()
+    if request.lease_token == 0 or request.lease_token != assignment.lease_token:
+        return Outcome.SUPERSEDED, ()  # 0 is nobody's lease, also while nobody has fetched the task
     is_final = assignment.failures + 1 >= state.known_rules.max_failures
     return Outcome.ACCEPTED, (TaskFailed(request.client_id, request.failure, is_final),)
 

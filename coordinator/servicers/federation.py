@@ -1,5 +1,6 @@
 """FederationService: what workers call. Each method reads a message, asks the service, writes a message."""
 
+import math
 from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
@@ -93,7 +94,8 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         """Whether to go on."""
         await self._service.known_member(request.client_id, request.enrol_key)
         said = request.progress
-        progress = Progress(said.activity[:50], said.step, said.total_steps, said.train_loss)
+        train_loss = said.train_loss if math.isfinite(said.train_loss) else 0.0
+        progress = Progress(said.activity[:50], said.step, said.total_steps, train_loss)
         goes_on = self._service.holds_lease(request.client_id, request.lease_token, progress)
         directive = pb.LEASE_DIRECTIVE_CONTINUE if goes_on else pb.LEASE_DIRECTIVE_STOP
         return pb.HeartbeatResponse(directive=directive)

@@ -1,5 +1,6 @@
 """StatusService: what anybody who may look can ask."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
@@ -42,7 +43,7 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
             yield pb.WatchStatusResponse(status=status_of(self._service))
             if engine.state.phase is Phase.FINISHED:
                 return
-            await engine.wait_for_change(-1, _WATCH_PAUSE_SECONDS)  # a pause: no version is -1
+            await asyncio.sleep(_WATCH_PAUSE_SECONDS)
             await engine.wait_for_change(version, _WATCH_IDLE_SECONDS)
 
     async def ListRounds(self, request: pb.ListRoundsRequest, context: _Context) -> pb.ListRoundsResponse:

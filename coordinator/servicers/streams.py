@@ -1,15 +1,20 @@
 """Streams of bytes over gRPC: the disk is read in a thread, one chunk ahead of nobody."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator
 
 
-async def read_chunks(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """The chunks of a blocking iterator. HTTP/2's flow control stops us, so nothing is queued here."""
+async def read_chunks(chunks: Generator[bytes]) -> AsyncIterator[bytes]:
+    """The chunks of a blocking generator. HTTP/2's flow control stops us, so nothing is queued here."""
+    reading: asyncio.Task[bytes | None] | None = None
     try:
-        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+        while True:
+            reading = asyncio.create_task(asyncio.to_thread(next, chunks, None))
+            chunk = await asyncio.shield(reading)
+            if chunk is None:
+                return
             yield chunk
     finally:
-        close = getattr(chunks, "close", None)
-        if close is not None:
-            close()
+        if reading is not None:
+            await asyncio.wait({reading})  # a generator that runs in a thread cannot be closed
+        chunks.close()

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -25,8 +26,9 @@ class Status(status_pb2_grpc.StatusServiceServicer):
     async def GetStatus(
         self, _request: status_pb2.GetStatusRequest, context: grpc.ServicerContext
     ) -> status_pb2.GetStatusResponse:
-        names = context.auth_context().get("x509_common_name", [b"nobody"])
-        status = status_pb2.FederationStatus(explanation=next(iter(names)).decode())
+        # The published types of auth_context say less than it is: lists of bytes by name.
+        names: Any = context.auth_context().get("x509_common_name", [b"nobody"])
+        status = status_pb2.FederationStatus(explanation=names[0].decode())
         return status_pb2.GetStatusResponse(status=status)
 
 

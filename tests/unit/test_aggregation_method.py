@@ -1,127 +1,31 @@
 """Every invariant of raFLoRA and FlexLoRA, on non-square layers, against a dense reference."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from aggregation_cases import (
+    FLEXLORA,
+    RAFLORA,
+    TOLERANCE,
+    Federation,
+    assert_same,
+    federations,
+    floors,
+    global_module,
+    merge,
+    product,
+    quick,
+    untrained,
+)
 from dense_reference import Client, average_of_changes, flexlora, raflora, truncated
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.adapter import Factors
-from common.errors import AdapterMismatch, ConfigError, InvalidRequest, NotFinite, WrongRank
-from coordinator.aggregation.method import (
-    METHODS,
-    Merged,
-    MethodOptions,
-    flexlora_weights,
-    make_method,
-    raflora_weights,
-)
-
-RAFLORA = MethodOptions("raflora")
-FLEXLORA = MethodOptions("flexlora")
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-TOLERANCE = 2e-6  # the result is float32
-
-
-@dataclass(frozen=True)
-class Federation:
-    """A previous global adapter's module and a round's clients; clients[k].A and .B are exact in float32."""
-
-    previous: Factors
-    clients: tuple[Client, ...]
-    seed: int
-
-    @property
-    def rank(self) -> int:
-        return self.previous.rank
-
-    @property
-    def ranks(self) -> list[int]:
-        return [c.rank for c in self.clients]
-
-    @property
-    def num_examples(self) -> list[int]:
-        return [c.num_examples for c in self.clients]
-
-    @property
-    def PB(self) -> np.ndarray:
-        return self.previous.lora_B.astype(np.float64)
-
-    @property
-    def PA(self) -> np.ndarray:
-        return self.previous.lora_A.astype(np.float64)
-
-    def scale(self) -> float:
-        """A norm that bounds the result: what an error is measured against."""
-        return float(np.linalg.norm(product(self.previous)) + sum(np.linalg.norm(c.update()) for c in self.clients))
-
-
-def single(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float32).astype(np.float64)
-
-
-def product(factors: Factors) -> np.ndarray:
-    return factors.lora_B.astype(np.float64) @ factors.lora_A.astype(np.float64)
-
-
-def factors_of(client: Client) -> Factors:
-    return Factors(client.A, (client.scaling * client.B).astype(np.float32))
-
-
-def merge(federation: Federation, options: MethodOptions = RAFLORA) -> Merged:
-    return make_method(options)(
-        federation.previous, [factors_of(c) for c in federation.clients], federation.num_examples
-    )
-
-
-def global_module(rng: np.random.Generator, m: int, n: int, rank: int, *, trained: bool = True) -> Factors:
-    """U S and V^T with a spectrum of distinct values, or lora_B = 0 as in round 0."""
-    U, _ = np.linalg.qr(rng.standard_normal((m, rank)))
-    V, _ = np.linalg.qr(rng.standard_normal((n, rank)))
-    S = (1.0 + np.arange(rank)) ** -0.7 if trained else np.zeros(rank)
-    return Factors(V.T, U * S)
-
-
-def untrained(federation: Federation) -> Federation:
-    """Everybody returns exactly the slice it was sent."""
-    previous = federation.previous
-    clients = tuple(
-        Client(previous.lora_B[:, : c.rank].astype(float), previous.lora_A[: c.rank].astype(float), c.num_examples)
-        for c in federation.clients
-    )
-    return replace(federation, clients=clients)
-
-
-@st.composite
-def federations(draw: st.DrawFn, *, equal_ranks: bool = False, trained: bool = True) -> Federation:
-    m, n = draw(st.sampled_from([(13, 9), (9, 14), (30, 17), (16, 41)]))
-    rank = draw(st.integers(1, min(m, n)))
-    levels = [rank] if equal_ranks else draw(st.lists(st.integers(1, rank), min_size=1, max_size=4))
-    seed = draw(st.integers(0, 2**32 - 1))
-    rng = np.random.default_rng(seed)
-    clients = []
-    for r in draw(st.lists(st.sampled_from(levels), min_size=1, max_size=6)):
-        scaling = draw(st.sampled_from([0.5, 1.0, 2.0, 16.0]))  # powers of two: exact in float32
-        clients.append(
-            Client(
-                single(rng.standard_normal((m, r))) / scaling,
-                single(rng.standard_normal((r, n))),
-                draw(st.integers(1, 49)),
-                scaling,
-            )
-        )
-    return Federation(global_module(rng, m, n, rank, trained=trained), tuple(clients), seed)
-
-
-floors = st.sampled_from([0.0, 0.1, 0.35, 1.0])
-
-
-def assert_same(found: np.ndarray, expected: np.ndarray, federation: Federation) -> None:
-    assert np.linalg.norm(found - expected) <= TOLERANCE * federation.scale()
-
+from common.errors import AdapterMismatch, ConfigError, InvalidRequest, WrongRank
+from coordinator.aggregation.method import METHODS, MethodOptions, flexlora_weights, make_method, raflora_weights
 
 # --- The result is what the blackboard says
 
@@ -411,90 +315,6 @@ def test_weights_by_hand() -> None:
     assert weights.previous.tolist() == [0, 0, 0, 1]
     np.testing.assert_allclose(flexlora_weights([1, 3], [30, 10], 4).updates, [[0.75, 0, 0, 0], [0.25, 0.25, 0.25, 0]])
     assert not flexlora_weights([1, 3], [30, 10], 4).previous.any()
-
-
-# --- Nothing dies, nothing explodes
-
-
-@quick
-@given(federations(trained=False))
-def test_the_first_rounds_shared_lora_A_leaves_no_dead_direction(f: Federation) -> None:
-    # Everybody trains lora_B only, on nested slices of one lora_A: the stack's rank is the largest client's.
-    clients = tuple(replace(c, A=f.PA[: c.rank]) for c in f.clients)
-    factors = merge(replace(f, clients=clients)).factors
-    live = min(max(f.ranks), f.PB.shape[0])
-    assert not factors.lora_B[:, live:].any()
-    assert_alive(factors)
-    np.testing.assert_allclose(projection(factors.lora_A), projection(f.previous.lora_A), atol=1e-5)
-
-
-@pytest.mark.parametrize("options", [RAFLORA, FLEXLORA])
-def test_all_lora_B_zero_keeps_every_direction_of_the_previous_adapter_alive(options: MethodOptions) -> None:
-    rng = np.random.default_rng(1)
-    previous = global_module(rng, 11, 8, 5, trained=False)
-    updates = [Factors(rng.standard_normal((r, 8)), np.zeros((11, r))) for r in (2, 5)]
-    merged = make_method(options)(previous, updates, [3, 4])
-    assert not merged.factors.lora_B.any()
-    assert merged.energy_lost == 0.0
-    assert_alive(merged.factors)
-    np.testing.assert_allclose(np.abs(merged.factors.lora_A), np.abs(previous.lora_A), atol=1e-6)
-
-
-def test_updates_that_cancel_leave_zero_and_not_noise() -> None:
-    rng = np.random.default_rng(2)
-    previous = global_module(rng, 12, 9, 4)
-    A, B = rng.standard_normal((4, 9)).astype(np.float32), rng.standard_normal((12, 4)).astype(np.float32)
-    mixed = Factors(A[::-1], -B[:, ::-1])
-    merged = make_method(RAFLORA)(previous, [Factors(A, B), mixed], [7, 7])
-    assert not merged.factors.lora_B.any()
-    assert_alive(merged.factors)
-
-
-def test_directions_are_alive_when_the_live_ones_left_the_previous_row_space() -> None:
-    rng = np.random.default_rng(3)
-    previous = global_module(rng, 12, 9, 5)
-    merged = make_method(FLEXLORA)(previous, [Factors(rng.standard_normal((2, 9)), rng.standard_normal((12, 2)))], [1])
-    assert np.count_nonzero(merged.factors.lora_B.any(axis=0)) == 2
-    assert_alive(merged.factors)
-
-
-def assert_alive(factors: Factors) -> None:
-    """A gradient G of the update reaches lora_B's column i as G lora_A[i], which is zero only if the row is."""
-    np.testing.assert_allclose(factors.lora_A @ factors.lora_A.T, np.eye(factors.rank), atol=1e-6)
-    G = np.random.default_rng(0).standard_normal((factors.lora_B.shape[0], factors.lora_A.shape[1]))
-    assert np.all(np.linalg.norm(G @ factors.lora_A.T, axis=0) > 1e-3)
-
-
-def projection(rows: np.ndarray) -> np.ndarray:
-    return rows.T @ rows
-
-
-def test_more_directions_than_the_layer_has_sides() -> None:
-    rng = np.random.default_rng(4)
-    clients = tuple(
-        Client(single(rng.standard_normal((7, 4))), single(rng.standard_normal((4, 5))), 2) for _ in range(6)
-    )
-    f = Federation(global_module(rng, 7, 5, 5), clients, seed=4)
-    assert_same(product(merge(f).factors), raflora(f.clients, f.PB, f.PA), f)
-
-
-def test_huge_but_finite_values_end_in_a_typed_error() -> None:
-    previous = global_module(np.random.default_rng(6), 6, 4, 2)
-    huge = Factors(np.full((2, 4), 1e30), np.full((6, 2), 1e30))
-    with pytest.raises(NotFinite, match="beyond float32"):
-        make_method(RAFLORA)(previous, [huge], [1])
-
-
-def test_huge_values_that_fit_stay_finite() -> None:
-    previous = global_module(np.random.default_rng(6), 6, 4, 2)
-    large = Factors(np.eye(2, 4), np.full((6, 2), 1e37))
-    tiny = Factors(np.full((1, 4), 1e-30), np.full((6, 1), 1e-30))
-    merged = make_method(RAFLORA)(previous, [large, tiny], [1, 1])
-    assert np.isfinite(merged.factors.lora_B).all()
-    assert_alive(merged.factors)
-    expected = 0.5 * product(large)
-    expected[:, 1] *= 2
-    np.testing.assert_allclose(product(merged.factors), expected, rtol=1e-5, atol=1e31)
 
 
 # --- What a caller can get wrong

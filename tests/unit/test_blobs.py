@@ -94,6 +94,7 @@ def test_what_a_crash_left_half_written_is_swept(blobs: FileBlobs) -> None:
     half = blobs.open(digest).with_name(f"{digest_of(BOB)}.1-2.part")
     half.write_bytes(BOB[:5])
     assert blobs.total_bytes() == len(ADA)
+    assert blobs.digests() == {digest}
     blobs.sweep()
     assert not half.exists()
     assert blobs.exists(digest)

@@ -1,8 +1,11 @@
 """Which addresses nobody outside this machine can reach, and the options' tempo."""
 
+import json
+
 import pytest
 
 from common.channel import Keepalive, client_options, is_loopback, server_options
+from raflora.v1 import federation_pb2, status_pb2
 
 
 @pytest.mark.parametrize(
@@ -29,3 +32,19 @@ def test_the_server_always_allows_the_clients_pings() -> None:
         keepalive = Keepalive().scaled(factor)
         allowed = dict(server_options(keepalive))["grpc.http2.min_ping_interval_without_data_ms"]
         assert int(allowed) < int(dict(client_options(keepalive))["grpc.keepalive_time_ms"])
+
+
+def test_exactly_the_unary_calls_of_workers_and_observers_are_retried() -> None:
+    config = json.loads(str(dict(client_options(Keepalive()))["grpc.service_config"]))
+    retried = {(n["service"], n["method"]) for entry in config["methodConfig"] for n in entry["name"]}
+    services = (
+        federation_pb2.DESCRIPTOR.services_by_name["FederationService"],
+        status_pb2.DESCRIPTOR.services_by_name["StatusService"],
+    )
+    unary = {
+        (service.full_name, method.name)
+        for service in services
+        for method in service.methods
+        if not method.client_streaming and not method.server_streaming
+    }
+    assert retried == unary

@@ -26,7 +26,7 @@ from common.codec import (
     read_module,
     read_tensor,
 )
-from common.errors import AdapterMismatch, NotFinite, WrongSize
+from common.errors import AdapterMismatch, NotFinite, OutOfBounds, WrongSize
 
 SPEC = AdapterSpec(
     (ModuleShape("encoder.layer.0.query", 6, 4), ModuleShape("encoder.layer.1.query", 6, 4)),
@@ -222,7 +222,7 @@ def test_the_message_says_where_the_number_stands() -> None:
 
 
 def test_large_tensors_are_checked_to_their_last_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.codec._FINITE_BLOCK", 4)
+    monkeypatch.setattr("common.codec._CHECKED_BLOCK", 4)
     layout = Layout(SPEC, 2)
     content = bytearray(encode(filled(SPEC, 2, WireDtype.FLOAT32)))
     struct.pack_into("<f", content, layout.offsets["encoder.layer.0.query.lora_B"] + 4 * 11, np.inf)
@@ -288,3 +288,13 @@ def test_one_module_or_tensor_can_be_read_alone(dtype: WireDtype, tmp_path: Path
 def test_the_digest_is_sha256() -> None:
     assert digest_of(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert digest_of(memoryview(b"abc")) == digest_of(b"abc")
+
+
+@pytest.mark.parametrize("dtype", list(WireDtype))
+def test_an_update_with_an_absurd_number_is_refused_by_name(dtype: WireDtype, tmp_path: Path) -> None:
+    spec = AdapterSpec((ModuleShape("q", 3, 5),))
+    factors = Factors(np.ones((2, 5), np.float32), np.array([[1, 1], [1, 2e4], [1, 1]], np.float32))
+    path = tmp_path / "update"
+    path.write_bytes(encode(Adapter({"q": factors}, {}), dtype))
+    with pytest.raises(OutOfBounds, match=r"ada: q\.lora_B holds .* at index 3; at most 10000"):
+        check_file(path, Layout(spec, 2, dtype), "ada")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny_models import BERT_ORDER, SIDES, VIT_ORDER, random_adapter, same, save_bert, save_vit
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from common.adapter import Adapter, Factors, initial_adapter, slice_adapter
 from common.errors import AdapterMismatch, InvalidRequest
@@ -49,7 +49,8 @@ def load(folder: Path, order: ModelOrder, **changes: Any) -> AdaptedModel:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
-        return model.eval()(input_ids=TOKENS).logits
+        found: torch.Tensor = model.eval()(input_ids=TOKENS).logits
+    return found
 
 
 def test_the_spec_names_the_adapted_layers_and_the_trained_head(bert: Path) -> None:
@@ -245,3 +246,11 @@ def test_factors_and_heads_are_trained_in_float32_whatever_the_base(bert: Path) 
     write_adapter(model, random_adapter(model.spec, 2), scaling=1.0)
     kinds = {(p.requires_grad, p.dtype) for p in model.live.parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_float16_is_widened_on_a_cpu_unless_the_site_insists(tmp_path: Path) -> None:
+    folder = save_vit(tmp_path)
+    AutoModelForImageClassification.from_pretrained(folder, dtype="float16").save_pretrained(folder)
+    assert {p.dtype for p in load(folder, VIT_ORDER).live.parameters()} == {torch.float32}
+    with pytest.raises(ModelError, match="float16 cannot be trained on a CPU"):
+        load_model(ModelConfig(path=str(folder), dtype="float16", device="cpu"), VIT_ORDER)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ ADAPTER = Adapter(
 )
 
 
-def config(**changes: object) -> dict[str, object]:
-    given = {
+def config(**changes: Any) -> dict[str, object]:
+    given: dict[str, Any] = {
         "scaling": 1.0,
         "base_model": "org/model",
         "task": "image-classification",
@@ -74,6 +75,6 @@ def test_the_folder_holds_two_files(tmp_path: Path) -> None:
 
 def test_a_tensor_of_no_saved_module_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    with pytest.raises(AdapterMismatch, match="classifier.weight"):
+    with pytest.raises(AdapterMismatch, match=r"classifier\.weight"):
         write_peft_folder(folder, ADAPTER, scaling=1.0, base_model="m", task="t", modules_to_save=["score"])
     assert not folder.exists()

@@ -1,0 +1,161 @@
+"""What the demonstration shows: lines that stay, and on a terminal a region below them that moves.
+
+Without a terminal (a pipe, a CI log) the moving part is left out and the bars follow each round as a line.
+"""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from raflora.v1 import status_pb2
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from cli.demo_federation import Story
+from cli.screens import Partitions, energy_bar, energy_bars, energy_comparison, joined_line, phase_name
+from cli.words import counted, human_bytes, human_seconds, percent, plain, rank_range
+
+_PROGRESS_WIDTH = 30
+_BARS_WIDTH = 30
+_SHORT_BAR_WIDTH = 8
+_PER_SECOND = 8
+_METHOD_NAMES = {"raflora": "raFLoRA", "flexlora": "FlexLoRA"}
+
+
+class DemoScreen:
+    """Tells a newcomer what happens; an Audience of the federation. Use as a context: it gives the terminal back."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=_PER_SECOND, transient=True)
+        self._energies: RenderableType = Text()
+        self._waited_for = ""
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def say(self, *lines: RenderableType) -> None:
+        """Lines that stay."""
+        for line in lines:
+            self._console.print(line, soft_wrap=isinstance(line, str | Text))
+        self._console.file.flush()
+
+    def title(self, text: str) -> None:
+        """The start of a part."""
+        self._energies = Text()
+        self.say("", Text(text, style="bold"))
+
+    def waiting(self, sentence: str) -> None:
+        """What is waited for, while there is no round to show."""
+        self._live.update(Spinner("dots", Text(sentence, style="dim")))
+        first_words = sentence.lstrip("0123456789 ")
+        if not self._console.is_terminal and first_words != self._waited_for:
+            self.say(f"... {sentence}")
+        self._waited_for = first_words
+
+    def joined(self, client: status_pb2.ClientSummary) -> None:
+        """A worker is here."""
+        self.say(Text("  ").append(joined_line(client)))
+
+    def begins(self, status: status_pb2.FederationStatus) -> None:
+        """All are here."""
+        self._waited_for = ""
+        if status.method == "raflora" and status.forecast.sentence:
+            self.say(Text(f"Forecast from the ranks alone: {plain(status.forecast.sentence)}.", style="cyan"))
+
+    def moves(self, status: status_pb2.FederationStatus) -> None:
+        """The open round and the newest energies."""
+        if status.assignments:
+            self._live.update(Group(_progress_line(status), Text(), self._energies))
+
+    def round_ended(self, summary: status_pb2.RoundSummary, status: status_pb2.FederationStatus) -> None:
+        """One line, and its energies."""
+        self.say(_round_line(summary, status))
+        if self._console.is_terminal:
+            self._energies = energy_bars(summary.partitions, _BARS_WIDTH)
+        else:
+            self.say(_short_bars(summary.partitions))
+
+
+def accuracy_table(stories: Sequence[Story]) -> Table:
+    """What each site measured of the last global adapter, at its own rank; a column a federation."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("site")
+    table.add_column("rank", justify="right")
+    for story in stories:
+        table.add_column(name_of(story), justify="right")
+    measured = [{e.client_id: e for e in story.rounds[-1].evaluations} for story in stories]
+    for site in sorted(measured[0].values(), key=lambda evaluation: (evaluation.lora_rank, evaluation.client_id)):
+        found = (percent(by_client[site.client_id].metrics["accuracy"]) for by_client in measured)
+        table.add_row(plain(site.client_id), str(site.lora_rank), *found)
+    return table
+
+
+def energies(stories: Sequence[Story]) -> RenderableType:
+    """The last round's energies: one federation's bars, or two side by side."""
+    partitions = [story.rounds[-1].partitions for story in stories]
+    if len(stories) == 1:
+        return energy_bars(partitions[0], _BARS_WIDTH)
+    return energy_comparison(name_of(stories[0]), partitions[0], name_of(stories[1]), partitions[1])
+
+
+def name_of(story: Story) -> str:
+    """The method as papers write it."""
+    return _METHOD_NAMES.get(story.method, story.method)
+
+
+def _progress_line(status: status_pb2.FederationStatus) -> Table:
+    """ "round 7/12  ━━━━━━━━╸        training  3 of 5 workers done"; a round is training, then evaluating."""
+    workers = len(status.assignments)
+    done = [1.0 if a.state == status_pb2.ASSIGNMENT_STATE_DONE else _part_done(a) for a in status.assignments]
+    behind = workers if status.phase == status_pb2.PHASE_EVALUATING else 0
+    line = Table.grid(padding=(0, 2))
+    line.add_row(
+        Text(f"round {status.round}/{status.num_rounds}", style="bold"),
+        ProgressBar(total=2 * workers, completed=behind + sum(done), width=_PROGRESS_WIDTH),
+        Text(phase_name(status.phase), style="green"),
+        f"{sum(part == 1.0 for part in done)} of {counted(workers, 'worker')} done",
+    )
+    return line
+
+
+def _part_done(assignment: status_pb2.AssignmentStatus) -> float:
+    # Never a whole: the update has to travel, too.
+    return 0.95 * assignment.step / assignment.total_steps if assignment.total_steps else 0.0
+
+
+def _round_line(summary: status_pb2.RoundSummary, status: status_pb2.FederationStatus) -> Text:
+    width = len(str(status.num_rounds))
+    seconds = summary.training_seconds + summary.aggregation_seconds + summary.evaluation_seconds
+    return Text.assemble(
+        (f"round {summary.round:>{width}}/{status.num_rounds}", "bold"),
+        f"  {len(summary.contributions)} of {counted(status.clients_known, 'worker')}",
+        ("  accuracy ", "dim"),
+        (percent(summary.accuracy), "bold green"),
+        ("  up ", "dim"),
+        human_bytes(summary.bytes_received),
+        ("  down ", "dim"),
+        human_bytes(summary.bytes_sent),
+        ("  in ", "dim"),
+        human_seconds(seconds),
+    )
+
+
+def _short_bars(partitions: Partitions) -> Text:
+    """All partitions on one line: "1-2 ███ 41 %  3-4 ██ 18 %"."""
+    bars = (
+        f"{rank_range(p.low, p.high)} {energy_bar(p.energy_share, _SHORT_BAR_WIDTH)} {p.energy_share:>4.0%}"
+        for p in partitions
+    )
+    return Text("    energy in ranks " + "  ".join(bars), style="dim")

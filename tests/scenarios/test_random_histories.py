@@ -1,0 +1,305 @@
+"""Any history at all: requests in any order, repeated, late, with clocks that jump and restarts in between.
+
+The model is small: what was acknowledged, the highest lease, the highest round. Whatever happens, the journal folds
+to the state that is served, nothing acknowledged is lost or counted twice, and a refusal changes nothing.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from rounds import REPORT, RULES
+
+from common.errors import RafloraError
+from coordinator.federation.due import awaited, due
+from coordinator.federation.events import (
+    Event,
+    MembershipChanged,
+    RoundAbandoned,
+    RoundClosed,
+    UpdateAccepted,
+    evolve,
+)
+from coordinator.federation.explain import explain
+from coordinator.federation.requests import (
+    AbortRound,
+    Claim,
+    CloseRound,
+    Evict,
+    Fail,
+    Found,
+    Join,
+    Leave,
+    NoteSilence,
+    Outcome,
+    Pause,
+    Publish,
+    Request,
+    Resume,
+    SetRank,
+    SubmitEvaluation,
+    SubmitUpdate,
+    Tick,
+)
+from coordinator.federation.state import Evaluation, Membership, Phase, Profile, State, Update
+from coordinator.federation.step import pending, step
+from coordinator.stores.event_codec import entry_of, event_of, snapshot_of, state_of
+from coordinator.stores.journal import Entry
+
+CLIENTS = st.sampled_from(["ada", "bob", "cem", "dan", "eve"])
+SMALL = st.integers(0, 3)
+RULE_SETS = st.builds(
+    replace,
+    st.just(RULES),
+    num_rounds=st.integers(1, 3),
+    min_clients=st.integers(1, 3),
+    fraction=st.sampled_from([0.3, 0.7, 1.0]),
+    quorum=st.sampled_from([0.4, 1.0, 2.0]),
+    evaluate_every=st.integers(0, 2),
+    max_failures=st.integers(1, 2),
+    max_attempts=st.integers(1, 3),
+)
+
+
+class Histories(RuleBasedStateMachine):
+    """One federation, asked everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.now = State(), 0.0
+        self.journal: list[Entry] = []
+        self.snapshot: tuple[int, str] = (0, snapshot_of(State()))
+        self.asked: list[Request] = []  # for repetitions
+        self.acknowledged: dict[tuple[int, int, str], str] = {}  # round, attempt, client: digest
+        self.highest_lease = self.highest_round = 0
+
+    # ------------------------------------------------------------ one request
+
+    def ask(self, request: Request) -> None:
+        before = snapshot_of(self.state)
+        try:
+            transition = step(self.state, request, self.now)
+        except RafloraError as error:
+            assert str(error)
+            assert snapshot_of(self.state) == before
+            return
+        self.asked.append(request)
+        if transition.outcome is not Outcome.ACCEPTED and not isinstance(request, Tick):
+            own = [e for e in transition.events if not _is_brought_by_time(e)]
+            assert not own, f"{transition.outcome} changed something: {own}"
+        self.journal += [entry_of(e, len(self.journal) + 1 + i, self.now) for i, e in enumerate(transition.events)]
+        self.follow(transition.events)
+        self.state = transition.state
+        assert all(command in pending(self.state) for command in transition.commands)
+        if isinstance(request, SubmitUpdate) and transition.outcome is Outcome.ACCEPTED:
+            assert transition.events[0] == UpdateAccepted(request.client_id, request.update)
+
+    def follow(self, events: Iterable[Event]) -> None:
+        """What the model makes of the events: an update counts until its round is given up or its client evicted."""
+        state = self.state
+        for event in events:
+            opened = state.open
+            if isinstance(event, UpdateAccepted):
+                assert opened is not None
+                key = (opened.number, opened.attempt, event.client_id)
+                assert key not in self.acknowledged, "two updates for one task"
+                self.acknowledged[key] = event.update.digest
+            if isinstance(event, RoundClosed):
+                assert opened is not None
+                assert {c.client_id: c.update.digest for c in event.inputs} == self.held()
+            if isinstance(event, RoundAbandoned) and opened is not None:
+                self.acknowledged = {k: d for k, d in self.acknowledged.items() if k[0] != opened.number}
+            is_eviction = isinstance(event, MembershipChanged) and event.membership is Membership.EVICTED
+            if is_eviction and opened is not None and state.phase is Phase.TRAINING:
+                self.acknowledged.pop((opened.number, opened.attempt, event.client_id), None)
+            state = evolve(state, event)
+            self.state = state
+
+    def held(self) -> dict[str, str]:
+        opened = self.state.open
+        assert opened is not None
+        return {k[2]: d for k, d in self.acknowledged.items() if k[:2] == (opened.number, opened.attempt)}
+
+    # ------------------------------------------------------------ what may be asked
+
+    @initialize(rules=RULE_SETS, clients=st.integers(0, 4))
+    def found(self, rules, clients: int) -> None:
+        self.ask(Found(rules, "manifest", "adapter-0"))
+        for client_id in ["ada", "bob", "cem", "dan"][:clients]:
+            self.join(client_id, 4, client_id)
+
+    @rule(client_id=CLIENTS, max_rank=st.integers(0, 9), key=st.sampled_from(["", "other"]))
+    def join(self, client_id: str, max_rank: int, key: str) -> None:
+        self.ask(Join(client_id, client_id if key in ("", client_id) else key, Profile(max_rank, 10)))
+
+    @rule(client_id=CLIENTS, data=st.data())
+    def claim(self, client_id: str, data) -> None:
+        number, attempt = self.a_round(data)
+        self.ask(Claim(client_id, number, attempt, self.slice_of(client_id)))
+
+    @rule(client_id=CLIENTS, digest=st.sampled_from(["one", "two"]), data=st.data())
+    def submit_update(self, client_id: str, digest: str, data) -> None:
+        number, attempt = self.a_round(data)
+        update = Update(f"{digest} of {client_id}", 100, 10, {"train_loss": 0.1 + 0.2}, 1e-9)
+        token = self.a_token(client_id, data)
+        slice_digest = data.draw(st.sampled_from([self.slice_of(client_id), "yesterday's"]))
+        self.ask(SubmitUpdate(client_id, token, number, attempt, slice_digest, update))
+
+    @rule(client_id=CLIENTS)
+    def train(self, client_id: str) -> None:
+        """What a good client does, so that rounds also succeed."""
+        opened = self.state.open
+        if opened is None:
+            return
+        self.ask(Claim(client_id, opened.number, opened.attempt, self.slice_of(client_id)))
+        part = opened.assignment_of(client_id) and self.state.open and self.state.open.assignment_of(client_id)
+        if part:
+            update = Update(f"good of {client_id}", 100, 10)
+            who = (client_id, part.lease_token, opened.number, opened.attempt, self.slice_of(client_id))
+            self.ask(SubmitUpdate(*who, update))
+            self.ask(SubmitEvaluation(*who, Evaluation(10, {"accuracy": 1 / 3})))
+
+    @rule(client_id=CLIENTS, data=st.data())
+    def submit_evaluation(self, client_id: str, data) -> None:
+        number, attempt = self.a_round(data)
+        token = self.a_token(client_id, data)
+        self.ask(SubmitEvaluation(client_id, token, number, attempt, self.slice_of(client_id), Evaluation(10)))
+
+    @rule(client_id=CLIENTS, data=st.data())
+    def fail(self, client_id: str, data) -> None:
+        self.ask(Fail(client_id, self.a_token(client_id, data), "out_of_memory"))
+
+    @rule(client_id=CLIENTS, is_lost=st.booleans())
+    def note_silence(self, client_id: str, is_lost: bool) -> None:
+        self.ask(NoteSilence(client_id, is_lost))
+
+    @rule(client_id=CLIENTS)
+    def leave(self, client_id: str) -> None:
+        self.ask(Leave(client_id))
+
+    @rule(client_id=CLIENTS)
+    def evict(self, client_id: str) -> None:
+        self.ask(Evict(client_id, "noise"))
+
+    @rule(client_id=CLIENTS, rank=st.integers(0, 9))
+    def set_rank(self, client_id: str, rank: int) -> None:
+        self.ask(SetRank(client_id, rank))
+
+    @rule(order=st.sampled_from([Pause(), Resume(), Resume()]))
+    def pause_or_resume(self, order: Request) -> None:
+        self.ask(order)
+
+    @rule(number=SMALL, kind=st.sampled_from([CloseRound, AbortRound]))
+    def close_or_abort(self, number: int, kind: type[CloseRound] | type[AbortRound]) -> None:
+        self.ask(kind(number))
+
+    @rule(data=st.data())
+    def publish(self, data) -> None:
+        number, attempt = self.a_round(data)
+        self.ask(Publish(number, attempt, f"adapter-{number}", REPORT))
+
+    @rule(data=st.data())
+    def repeat_something(self, data) -> None:
+        if self.asked:
+            self.ask(data.draw(st.sampled_from(self.asked)))
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, 99.0, 100.0, 1e7]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.ask(Tick())
+
+    @rule()
+    def restart(self) -> None:
+        self.state = self.folded(*self.snapshot)
+
+    @rule()
+    def save_snapshot(self) -> None:
+        self.snapshot = (len(self.journal), snapshot_of(self.state))
+
+    # ------------------------------------------------------------ what always holds
+
+    @invariant()
+    def the_journal_folds_to_the_state_that_is_served(self) -> None:
+        assert self.folded(0, snapshot_of(State())) == self.state
+        assert self.folded(*self.snapshot) == self.state
+
+    @invariant()
+    def nothing_acknowledged_is_lost_or_counted_twice(self) -> None:
+        opened = self.state.open
+        if opened is not None and self.state.phase in (Phase.TRAINING, Phase.AGGREGATING):
+            assert {a.client_id: a.update.digest for a in opened.updates if a.update} == self.held()
+        for record in self.state.history:
+            counted = {c.client_id: c.update.digest for c in record.contributions}
+            assert len(counted) == len(record.contributions)
+            known = {k[2]: d for k, d in self.acknowledged.items() if k[:2] == (record.number, record.attempts)}
+            assert counted == known
+
+    @invariant()
+    def what_is_to_be_done_follows_from_the_state(self) -> None:
+        commands = pending(self.state)
+        assert bool(commands) == (self.state.phase is Phase.AGGREGATING)
+        for command in commands:
+            assert command.previous_digest == self.state.adapter_digest
+            assert {c.client_id: c.update.digest for c in command.inputs} == self.held()
+
+    @invariant()
+    def leases_and_rounds_only_rise(self) -> None:
+        opened = self.state.open
+        tokens = [a.lease_token for a in opened.assignments if a.lease_token] if opened else []
+        assert len(set(tokens)) == len(tokens)
+        assert all(token <= self.state.last_lease_token for token in tokens)
+        assert self.state.last_lease_token >= self.highest_lease
+        assert self.state.round >= self.highest_round
+        assert [r.number for r in self.state.history] == list(range(1, self.state.round + 1))
+        self.highest_lease, self.highest_round = self.state.last_lease_token, self.state.round
+
+    @invariant()
+    def nothing_is_left_over_that_was_due(self) -> None:
+        if self.state.rules is not None:
+            # The clock may have gone on since the last request, but only a Tick or a request looks at it.
+            assert due(self.state, self.now) is None, "the cascade ended too early"
+
+    @invariant()
+    def it_can_always_say_why(self) -> None:
+        assert explain(self.state, self.now)
+        if self.state.open is not None:
+            awaited(self.state, self.state.open)
+
+    # ------------------------------------------------------------ little helpers
+
+    def folded(self, sequence: int, snapshot: str) -> State:
+        state = state_of(snapshot)
+        for entry in self.journal[sequence:]:
+            state = evolve(state, event_of(entry))
+        return state
+
+    def a_round(self, data) -> tuple[int, int]:
+        opened = self.state.open
+        now = (opened.number, opened.attempt) if opened else (self.state.round, 1)
+        return data.draw(st.sampled_from([now, now, (now[0] - 1, 1), (now[0] + 1, now[1]), (now[0], now[1] + 1)]))
+
+    def a_token(self, client_id: str, data) -> int:
+        part = self.state.open.assignment_of(client_id) if self.state.open else None
+        held = part.lease_token if part else 0
+        return data.draw(st.sampled_from([held, held, held - 1, held + 1, 0]))
+
+    def slice_of(self, client_id: str) -> str:
+        return f"slice of {self.state.adapter_digest} for {client_id}"
+
+
+def _is_brought_by_time(event: Event) -> bool:
+    return type(event).__name__ in {
+        "RoundOpened", "RoundClosed", "RoundExtended", "RoundAbandoned", "EvaluationClosed"
+    }  # fmt: skip
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(
+    max_examples=100,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,  # the same histories everywhere; a longer search is a command away: --hypothesis-seed=random
+    suppress_health_check=[HealthCheck.too_slow],
+)
