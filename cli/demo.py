@@ -82,8 +82,8 @@ async def run_demo(setting: Setting, wishes: Wishes, screen: DemoScreen) -> Chec
         screen.title("The same data, seeds and processes again; only the averaging is FlexLoRA's, blind to ranks")
         stories.append(await run_federation(RIVAL, rival_files, screen))
         all_files.append(rival_files)
-    _show_outcome(stories, screen)
     check = await _checked(setting, story, screen)
+    _show_outcome(stories, check, screen)
     write_results(results_of(setting, stories, check), setting.results)
     if not wishes.keep:
         for each in all_files:
@@ -124,19 +124,25 @@ def _introduction(setting: Setting) -> Sequence[str | Text]:
     )
 
 
-def _show_outcome(stories: Sequence[Story], screen: DemoScreen) -> None:
-    screen.title("Accuracy of the global adapter at each site's own rank, after the last round")
-    screen.say(accuracy_table(stories))
-    screen.title("Energy per rank partition, after the last round")
+def _show_outcome(stories: Sequence[Story], check: Check, screen: DemoScreen) -> None:
+    screen.title("Accuracy after the last round: each site's rank slice of the global adapter")
+    screen.say(accuracy_table(stories), f"The base model alone names {percent(check.base_accuracy)}.")
+    screen.title("Energy per rank partition after the last round")
     screen.say(energies(stories))
     if len(stories) > 1:
-        ours, rivals = (story.rounds[-1] for story in stories)
-        smallest = ours.partitions[0].high
-        screen.say(
-            f"Above rank {smallest} lies {percent(1 - ours.rho)} of {name_of(stories[0])}'s energy and "
-            f"{percent(1 - rivals.rho)} of {name_of(stories[1])}'s: that is rank collapse.",
-            "What to read from it: the energies. The accuracies of so small a task, with one seed, differ by chance.",
-        )
+        screen.say(*_comparison(*stories))
+
+
+def _comparison(ours: Story, rivals: Story) -> Sequence[str]:
+    """What the two columns mean, and what they do not."""
+    one, other = ours.rounds[-1], rivals.rounds[-1]
+    smallest = one.partitions[0].high
+    return (
+        f"Above rank {smallest} lies {percent(1 - one.rho)} of {name_of(ours)}'s energy and {percent(1 - other.rho)} "
+        f"of {name_of(rivals)}'s: that is rank collapse.",
+        "What lives in the higher ranks helps whoever receives them; a slice of low rank goes without it.",
+        "One seed of a small task: read the energies as the result and the accuracies as an example.",
+    )
 
 
 async def _checked(setting: Setting, story: Story, screen: DemoScreen) -> Check:
@@ -153,6 +159,7 @@ async def _checked(setting: Setting, story: Story, screen: DemoScreen) -> Check:
     return Check(
         reported_accuracy=largest[0].metrics["accuracy"],
         loaded_accuracy=found["accuracy"],
+        base_accuracy=found["base_accuracy"],
         num_examples=found["num_examples"],
         load=tuple(found["load"]),
     )
@@ -160,12 +167,13 @@ async def _checked(setting: Setting, story: Story, screen: DemoScreen) -> Check:
 
 def _show_adapter(setting: Setting, check: Check, screen: DemoScreen) -> None:
     screen.title(f"The adapter is a stock PEFT folder: {setting.adapter}")
-    screen.say(*(f"  {line}" for line in check.load))
+    for line in check.load:
+        screen.quote(f"  {line}")
     verdict = Text("OK", style="bold green") if check.agrees else Text("MISMATCH", style="bold red")
     screen.say(
         Text(
             f"Loaded so in a fresh process it names {percent(check.loaded_accuracy)} of {check.num_examples} test "
-            f"digits; the worker of rank {setting.global_rank} reported {percent(check.reported_accuracy)}: "
+            f"digits;\nthe worker of rank {setting.global_rank} reported {percent(check.reported_accuracy)}: "
         ).append(verdict)
     )
 

@@ -130,7 +130,9 @@ async def output_of(name: str, *arguments: str, log: Path, seconds: float) -> st
     except TimeoutError:
         raise child.failure(f"took longer than {seconds:g} s") from None
     finally:
-        child.signal(signal.SIGKILL)
+        if not child.has_ended:
+            child.signal(signal.SIGKILL)
+            await asyncio.wait_for(process.communicate(), _REAP_SECONDS)
     if process.returncode:
         raise child.failure(_how_it_ended(process.returncode))
     return printed.decode(errors="replace")

@@ -26,6 +26,7 @@ class Check:
 
     reported_accuracy: float  # by the worker of the global rank, in the last round
     loaded_accuracy: float
+    base_accuracy: float  # of the base model alone, on the same examples
     num_examples: int
     load: tuple[str, ...]  # the lines of Python that load it
 

@@ -46,10 +46,14 @@ class DemoScreen:
         self._live.stop()
 
     def say(self, *lines: RenderableType) -> None:
-        """Lines that stay."""
+        """Lines that stay; a terminal that is too narrow gets them wrapped at words."""
         for line in lines:
-            self._console.print(line, soft_wrap=isinstance(line, str | Text))
+            self._console.print(line, soft_wrap=isinstance(line, str | Text) and not self._console.is_terminal)
         self._console.file.flush()
+
+    def quote(self, line: str) -> None:
+        """A line that somebody may copy: never broken by us."""
+        self._console.print(line, soft_wrap=True)
 
     def title(self, text: str) -> None:
         """The start of a part."""

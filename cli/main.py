@@ -55,6 +55,7 @@ app.command("cli.operate:abort_round", group=_OPERATE)
 app.command("cli.operate:evict", group=_OPERATE)
 app.command("cli.operate:set_rank", group=_OPERATE)
 app.command("cli.spec:spec", group=_SET_UP)
+app.command("cli.example:digits", group=_SET_UP)
 app.command("cli.config:app", name="config", group=_SET_UP)
 app.command("cli.version:show_version", name="version", group=_SET_UP)
 

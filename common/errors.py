@@ -6,6 +6,7 @@
         ProtocolTooOld            protocol_unsupported   no common protocol version
         AdapterMismatch           adapter_mismatch       keys, shapes or dtype differ from the manifest
           NotFinite               not_finite             a tensor holds NaN or infinity
+          OutOfBounds             out_of_bounds          a number that no trained factor holds
           WrongSize               wrong_size             an upload is not as long as its rank demands
         WrongRank                 wrong_rank             a rank that the client was not granted
       BaseModelMismatch           base_model_mismatch    another base model than the federation's

@@ -289,7 +289,7 @@ class CoordinatorService:
         """Validates, makes durable, records, and only then answers. Bad bytes are forgotten and change nothing."""
         client_id, update = request.client_id, request.update
         await self.known_member(client_id, enrol_key)
-        _check_numbers(client_id, update.num_examples, {**update.metrics, "training_seconds": update.training_seconds})
+        _check_numbers(client_id, update.num_examples, update.metrics, update.training_seconds)
         opened = self.engine.state.open
         assignment = _takeable(opened, self.engine.state.phase, client_id)
         if opened is None or assignment is None or opened.number != request.number or opened.kind is not Kind.TRAIN:
@@ -448,11 +448,11 @@ def _takeable(opened: OpenRound | None, phase: Phase, client_id: str) -> Assignm
     return None if assignment is None or assignment.is_done or assignment.is_failed else assignment
 
 
-def _check_numbers(client_id: str, num_examples: int, metrics: Mapping[str, float]) -> None:
+def _check_numbers(client_id: str, num_examples: int, metrics: Mapping[str, float], seconds: float = 0.0) -> None:
     if not 1 <= num_examples <= MAX_EXAMPLES:
         raise InvalidRequest(f"client {client_id!r}: num_examples {num_examples}; 1 to {MAX_EXAMPLES} are accepted")
     if len(metrics) > MAX_METRICS or any(len(name) > 100 for name in metrics):
         raise InvalidRequest(f"client {client_id!r}: {len(metrics)} metrics; at most {MAX_METRICS} short names")
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    bad = [name for name, value in [*metrics.items(), ("training_seconds", seconds)] if not math.isfinite(value)]
     if bad:
-        raise InvalidRequest(f"client {client_id!r}: metric {bad[0]} is not finite")
+        raise InvalidRequest(f"client {client_id!r}: {bad[0]} is not finite")

@@ -8,6 +8,7 @@ Prints one JSON object. Nothing of the federation takes part: what counts is wha
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,23 @@ def check_adapter(folder: Path, data: Path, base: Path) -> dict[str, Any]:
     labels = [name for _, name in sorted(model.config.id2label.items())]
     preparation = ImageClassification().prepare(base, model, labels, DataConfig(train=str(data)))
     batch = preparation.collator([preparation.example(row) for row in read_rows(data)])
+    base_accuracy = _accuracy(model.eval(), batch)
     adapted = PeftModel.from_pretrained(model, folder).eval()
-    with torch.inference_mode():
-        named = adapted(pixel_values=batch["pixel_values"]).logits.argmax(-1)
     return {
-        "accuracy": float((named == batch["labels"]).float().mean()),
+        "accuracy": _accuracy(adapted, batch),
+        "base_accuracy": base_accuracy,
         "num_examples": len(batch["labels"]),
         "load": [
             f'base = AutoModelForImageClassification.from_pretrained("{base}")',
             f'model = PeftModel.from_pretrained(base, "{folder}")',
         ],
     }
+
+
+def _accuracy(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> float:
+    with torch.inference_mode():
+        named = model(pixel_values=batch["pixel_values"]).logits.argmax(-1)
+    return float((named == batch["labels"]).double().mean())
 
 
 def main(arguments: list[str]) -> None:

@@ -69,6 +69,7 @@ def main(folder: Path = BASE_FOLDER) -> None:
     upright = accuracy(model, task.pretrain)
     sideways = accuracy(model, task.test)
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for its owner alone; a container is another
     # No resizing: the images have the model's size.
     ViTImageProcessorPil(
         do_resize=False, image_mean=[0.5], image_std=[0.5], size={"height": 8, "width": 8}

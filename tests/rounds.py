@@ -108,9 +108,7 @@ def evaluates(client_id: str, **changes: object) -> Act:
         round, held = opened(state), part(state, client_id).lease_token
         result = Evaluation(10, {"accuracy": 0.5})
         slice_digest = slice_of(state, client_id)
-        return replace(
-            SubmitEvaluation(client_id, held, round.number, round.attempt, slice_digest, result), **changes
-        )
+        return replace(SubmitEvaluation(client_id, held, round.number, round.attempt, slice_digest, result), **changes)
 
     return act
 

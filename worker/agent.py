@@ -17,7 +17,8 @@ from common.errors import (
     SpecMismatch,
     UnknownClient,
 )
-from worker.assignment import Assignment, LeaseLost, Means, Terms
+from worker import egress
+from worker.assignment import Assignment, LeaseLost, Means, Terms, record_departure
 from worker.messages import Enrolment, Place, RankProfile, Task, Welcome
 from worker.policy import check_base_model
 from worker.supervisor import TaskFailed
@@ -26,6 +27,7 @@ from worker.trainer_protocol import Load, Loaded, ModelOrder
 LEAVE_SECONDS = 5.0
 _SHORTEST_POLL_SECONDS = 1.0  # however fast a coordinator says that there is nothing to do
 _MAX_MESSAGE_CHARACTERS = 1000
+_MAY_QUOTE_LOCAL_DATA = ("data_error", "model_error", "invalid_request")  # paths, values: only the word leaves
 
 # What no retry mends: the worker ends and says why.
 FINAL: tuple[type[RafloraError], ...] = (Evicted, IdentityConflict, BaseModelMismatch, SpecMismatch, ProtocolTooOld)
@@ -149,7 +151,7 @@ class Agent:
         except Exception as error:
             # A bug or a full disk must cost a task, not the worker.
             log.exception("unexpected", round=task.round)
-            await self._give_back(task, "worker_error", f"{type(error).__name__}: {error}")
+            await self._give_back(task, "worker_error", type(error).__name__)
             return False
         else:
             log.info("submitted", round=task.round, task=task.kind.value, outcome=outcome.value)
@@ -158,8 +160,23 @@ class Agent:
     async def _give_back(self, task: Task, word: str, message: str) -> None:
         client, contact = self._means.client, self._means.contact
         log.warning("task failed", round=task.round, reason=word, message=message)
+        told = "the worker's log says more" if word in _MAY_QUOTE_LOCAL_DATA else message[:_MAX_MESSAGE_CHARACTERS]
+        departure = egress.Departure(
+            kind="failure",
+            round=task.round,
+            attempt=task.attempt,
+            digest="",
+            size_bytes=0,
+            num_tensors=0,
+            dtype="",
+            lora_rank=task.lora_rank,
+            num_examples=0,
+            metrics={},
+            words=f"{word}: {told}",
+        )
         try:
-            await contact.insist(lambda: client.fail_task(task.lease_token, word, message[:_MAX_MESSAGE_CHARACTERS]))
+            await record_departure(self._means, departure)
+            await contact.insist(lambda: client.fail_task(task.lease_token, word, told))
         except _NOT_OF_ONE_TASK:
             raise
         except RafloraError as error:

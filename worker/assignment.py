@@ -163,8 +163,7 @@ class Assignment:
             num_examples=num_examples,
             metrics=metrics,
         )
-        time = datetime.fromtimestamp(self._means.clock.wall_time(), UTC).isoformat(timespec="seconds")
-        await asyncio.to_thread(egress.record, self._means.config.state_dir, departure, time=time)
+        await record_departure(self._means, departure)
 
     def _note(self, made: ProgressMade) -> None:
         self._progress = Progress(made.activity, made.step, made.total_steps, made.train_loss)
@@ -201,6 +200,12 @@ class Assignment:
             contact.made()
             if not goes_on:
                 return
+
+
+async def record_departure(means: Means, departure: egress.Departure) -> None:
+    """Writes down, durably, what is about to leave."""
+    time = datetime.fromtimestamp(means.clock.wall_time(), UTC).isoformat(timespec="seconds")
+    await asyncio.to_thread(egress.record, means.config.state_dir, departure, time=time)
 
 
 def heartbeat_pause_seconds(heartbeat_seconds: float, chance: float) -> float:

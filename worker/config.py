@@ -106,7 +106,7 @@ class WorkerConfig(Section):
     threads: int = Field(default=0, ge=0)
     """CPU threads for training; 0: as many as there are cores."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Examples that fit into memory at once; the rest of the federation's batch is accumulated. Unset: the whole batch."""
+    """Examples that fit into memory at once; the rest of a batch is accumulated. Unset: the whole batch."""
     log_format: LogFormat = "text"
     """text or json."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

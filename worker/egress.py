@@ -14,9 +14,9 @@ REPORT = "egress.jsonl"
 
 @dataclass(frozen=True)
 class Departure:
-    """What leaves in one task. Of an evaluation only the metrics leave, so there the bytes are 0."""
+    """What leaves in one task. Of an evaluation or a failure no factors leave, so there the bytes are 0."""
 
-    kind: str  # "update" or "evaluation"
+    kind: str  # "update", "evaluation" or "failure"
     round: int
     attempt: int
     digest: str
@@ -26,6 +26,7 @@ class Departure:
     lora_rank: int
     num_examples: int
     metrics: Mapping[str, float]
+    words: str = ""  # of a failure: the reason and what is told of it
 
 
 def record(state_dir: Path, departure: Departure, *, time: str) -> None:

@@ -217,8 +217,9 @@ async def _epitaph(running: _Process) -> str:
         how = f"signal {signal.Signals(-status).name}"
         if -status == signal.SIGKILL:
             how += " (often the system, short of memory)"
-    words = " | ".join(running.last_words)[-_LONGEST_QUOTE:]
-    return f"trainer ended with {how}" + (f": {words}" if words else "")
+    log.warning("trainer ended", how=how, last_words=" | ".join(running.last_words)[-_LONGEST_QUOTE:])
+    # What it wrote may hold local data; it stays in the site's log.
+    return f"trainer ended with {how}; the worker's log has its last words"
 
 
 async def _pass_through(stderr: asyncio.StreamReader, last_words: deque[str]) -> None:

@@ -1,7 +1,8 @@
 """FederationService: what workers call. Each method reads a message, asks the service, writes a message."""
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc.aio
@@ -127,8 +128,8 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             who = (said["raflora-client-id"], said["raflora-enrol-key"], said["raflora-digest"])
         except (KeyError, ValueError) as error:
             raise InvalidRequest(f"upload: the call's metadata lacks or garbles {error}") from None
-        chunks = (message.data async for message in request)
-        return pb.UploadAdapterResponse(committed_bytes=await self._service.receive(*who, offset, chunks))
+        async with aclosing(_data_of(request)) as chunks:
+            return pb.UploadAdapterResponse(committed_bytes=await self._service.receive(*who, offset, chunks))
 
     async def QueryUpload(self, request: pb.QueryUploadRequest, context: _Context) -> pb.QueryUploadResponse:
         """How much is durable."""
@@ -204,6 +205,12 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             deadline_seconds=task.deadline_seconds,
             manifest_digest=self._service.known_manifest.digest,
         )
+
+
+async def _data_of(messages: AsyncIterator[pb.UploadAdapterRequest]) -> AsyncGenerator[bytes, None]:
+    # A function and not an expression: nothing is taken from the stream before the first chunk is wanted.
+    async for message in messages:
+        yield message.data
 
 
 def _agree(lowest: int, highest: int) -> int:

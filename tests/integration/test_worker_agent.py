@@ -62,6 +62,7 @@ async def test_the_egress_report_says_exactly_what_left(site: Site) -> None:
         "lora_rank": RANK,
         "num_examples": 40,
         "metrics": {"train_loss": 0.25},
+        "words": "",
     }
     assert (evaluation["kind"], evaluation["size_bytes"], evaluation["metrics"]) == ("evaluation", 0, {"accuracy": 0.5})
 

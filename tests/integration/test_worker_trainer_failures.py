@@ -1,6 +1,7 @@
 """A trainer that fails, hangs or must stop, and the agent that lives on: real processes, a real gRPC server."""
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -39,8 +40,8 @@ async def test_training_goes_on_while_the_coordinator_restarts(site: Site) -> No
 @pytest.mark.parametrize(
     ("mishap", "reason", "message"),
     [
-        ("crash", "trainer_died", "signal SIGKILL (often the system, short of memory): the last words"),
-        ("exit", "trainer_died", "exit code 7: no kernel image is available"),
+        ("crash", "trainer_died", "signal SIGKILL (often the system, short of memory); the worker's log"),
+        ("exit", "trainer_died", "exit code 7; the worker's log has its last words"),
         ("babble", "trainer_died", "no message"),
         ("out_of_memory", "out_of_memory", "rank 4 does not fit"),
         ("nan", "not_finite", "head holds nan"),
@@ -56,6 +57,19 @@ async def test_a_trainer_that_fails_costs_one_task(site: Site, mishap: str, reas
     assert (failure.lease_token, failure.reason) == (1, reason)
     assert message in failure.message
     assert [u.lease_token for u in site.coordinator.updates] == [2]
+
+
+async def test_what_a_failure_tells_is_in_the_egress_report_and_quotes_no_local_data(site: Site) -> None:
+    site.script.tasks = [train(1), train(2)]
+    site.mishaps("crash", "load_fails")
+
+    await site.work()
+
+    died, unreadable = (f"{failure.reason}: {failure.message}" for failure in site.coordinator.failures)
+    report = [json.loads(line) for line in (site.state_dir / "egress.jsonl").read_text().splitlines()]
+    assert [line["words"] for line in report if line["kind"] == "failure"] == [died, unreadable]
+    assert "the last words" not in died
+    assert unreadable == "data_error: the worker's log says more"
 
 
 async def test_a_trainer_that_cannot_load_again_fails_that_task_and_is_started_anew_for_the_next(site: Site) -> None:

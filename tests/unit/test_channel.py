@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from raflora.v1 import federation_pb2, status_pb2
 
 from common.channel import Keepalive, client_options, is_loopback, server_options
-from raflora.v1 import federation_pb2, status_pb2
 
 
 @pytest.mark.parametrize(

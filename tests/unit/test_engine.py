@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -330,7 +331,8 @@ async def test_who_waits_for_a_change_is_woken_by_it() -> None:
 async def test_deadlines_come_without_anybody_asking() -> None:
     bench = Bench(MemoryJournal())
     async with bench.running() as engine:
-        await play(engine, *ROUND_ONE)
+        hurried = replace(RULES, lease_ttl_seconds=0.1)  # a quarter of it is the longest nap
+        await play(engine, replace(FOUND, rules=hurried), *map(joins, EVERYBODY))
         version = engine.version
         bench.monotonic.seconds += 100.0
         while engine.state.open is None or not engine.state.open.is_extended:
@@ -343,5 +345,3 @@ async def test_an_order_and_its_opposite_in_one_batch_leave_two_entries() -> Non
         await play(engine, FOUND)
         await asyncio.gather(engine.submit(Pause()), engine.submit(Resume()))
     assert journal.commits == [1, 2]
-
-

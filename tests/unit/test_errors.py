@@ -1,5 +1,7 @@
 """Errors: every class has a word and a status of its own, and the word finds the class again."""
 
+from pathlib import Path
+
 import grpc
 import pytest
 
@@ -44,3 +46,9 @@ def test_an_error_can_be_made_from_its_message_alone(kind: type[RafloraError]) -
 
 def test_a_wrong_offset_carries_the_right_one() -> None:
     assert WrongOffset("chunk at 5", committed_bytes=3).committed_bytes == 3
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind.reason not in {"internal", "config_invalid"}])
+def test_the_protocol_page_lists_the_reason_with_its_status(kind: type[RafloraError]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
+    assert f"| `{kind.reason}` | {kind.code} |" in page

@@ -3,7 +3,22 @@
 from dataclasses import replace
 
 import pytest
-from rounds import ADA, BOB, CEM, RULES, after, evicts, founded, joins, lost, outcome, part, returns, started, transition
+from rounds import (
+    ADA,
+    BOB,
+    CEM,
+    RULES,
+    after,
+    evicts,
+    founded,
+    joins,
+    lost,
+    outcome,
+    part,
+    returns,
+    started,
+    transition,
+)
 
 from common.errors import Evicted, IdentityConflict, InvalidRequest, UnknownClient, WrongRank
 from coordinator.federation.ranks import select_cohort

@@ -129,8 +129,10 @@ TRAINED = tuple(act for c in EVERYBODY for act in trains(c))
             "1 of 3 updates, quorum 2, deadline in 100 s; lost or failed: bob, cem",
         ),
         ((tick(100.0),), "0 of 3 updates, quorum 2, deadline in 100 s (extended once); waiting for ada, bob, cem"),
-        ((Pause(), *trains(ADA), *trains(BOB)), "2 of 3 updates, quorum 2, deadline in 100 s; waiting for cem; "
-         "paused after this round"),
+        (
+            (Pause(), *trains(ADA), *trains(BOB)),
+            "2 of 3 updates, quorum 2, deadline in 100 s; waiting for cem; paused after this round",
+        ),
         (TRAINED, "round 1 is closed with 3 updates; aggregating"),
         ((Pause(), *TRAINED, publishes()), "paused before round 2; `raflora resume` goes on"),
         ((Leave(ADA), AbortRound(1)), "waiting for clients: 2 of 3 are here"),

@@ -71,6 +71,8 @@ def test_the_folder_holds_two_files(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
     assert json.loads((folder / CONFIG_FILE).read_text())["target_modules"] == ["layer.0.query"]
     assert load_file(folder / WEIGHTS_FILE).keys() == to_state(ADAPTER).keys()
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1  # whoever may read the one may read the other
 
 
 def test_a_tensor_of_no_saved_module_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
