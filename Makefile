@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench proto docs compose-test clean
+.PHONY: help setup check test demo bench picture proto docs compose-test clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +41,11 @@ test: setup  ## every test that needs no GPU and no Docker
 demo: setup  ## a real federation of five workers on this machine, about two minutes
 	$(BIN)/raflora demo
 
-bench: setup  ## the benchmarks, one after the other
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+bench: setup  ## our aggregation against the dense formulation, about a minute
+	$(BIN)/python -m benchmarks.aggregation
+
+picture: setup  ## draw the README's picture anew from the last demo's results
+	$(BIN)/python -m benchmarks.collapse_picture runs/demo/results.json docs/images/energy.png
 
 proto: setup  ## generate the protobuf code anew after a change of a .proto file
 	$(BIN)/python proto/generate.py

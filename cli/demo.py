@@ -50,7 +50,7 @@ async def demo(
     comparison: Annotated[bool, Parameter(negative="--no-comparison")] = True,
     format: Literal["text", "json"] = "text",
 ) -> int:
-    """Runs a federation of five unequal sites on this machine; two to three minutes on two cores, no download.
+    """Runs a federation of five unequal sites on this machine: about two minutes on two cores, nothing to download.
 
     Settings, logs, results and the trained adapter go to --out, a new folder or an earlier demo's, which is replaced.
     --keep leaves the processes' state there as well. --no-comparison leaves out the second federation, which averages
@@ -79,7 +79,7 @@ async def run_demo(setting: Setting, wishes: Wishes, screen: DemoScreen) -> Chec
     stories, all_files = [story], [files]
     if wishes.compare:
         rival_files = write_settings(setting, RIVAL)
-        screen.title("The same data, seeds and processes again; only the averaging is FlexLoRA's, blind to ranks")
+        screen.title("The same again, but averaged as FlexLoRA does, without regard to ranks")
         stories.append(await run_federation(RIVAL, rival_files, screen))
         all_files.append(rival_files)
     check = await _checked(setting, story, screen)
@@ -110,6 +110,7 @@ async def _until_told_to_end(setting: Setting, wishes: Wishes, screen: DemoScree
     except asyncio.CancelledError:
         if told:
             raise Failed(f"ended by {told[0]}; every process that was started has been ended") from None
+        screen.say(f"Interrupted; every process that was started has been ended. Their logs: {setting.folder}")
         raise
 
 
@@ -137,9 +138,14 @@ def _comparison(ours: Story, rivals: Story) -> Sequence[str]:
     """What the two columns mean, and what they do not."""
     one, other = ours.rounds[-1], rivals.rounds[-1]
     smallest = one.partitions[0].high
-    return (
+    shares = (
         f"Above rank {smallest} lies {percent(1 - one.rho)} of {name_of(ours)}'s energy and {percent(1 - other.rho)} "
-        f"of {name_of(rivals)}'s: that is rank collapse.",
+        f"of {name_of(rivals)}'s"
+    )
+    if 1 - other.rho > (1 - one.rho) / 2:
+        return (f"{shares}; a few more rounds show where the two go.",)
+    return (
+        f"{shares}: that is rank collapse.",
         "What lives in the higher ranks helps whoever receives them; a slice of low rank goes without it.",
         "One seed of a small task: read the energies as the result and the accuracies as an example.",
     )

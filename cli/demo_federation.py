@@ -43,6 +43,9 @@ class Audience(Protocol):
     def begins(self, status: Status) -> None:
         """All are here, the first round is open."""
 
+    def failed(self, assignment: status_pb2.AssignmentStatus) -> None:
+        """A worker could not do its task; it may be given it again."""
+
     def moves(self, status: Status) -> None:
         """The state again, several times a second."""
 
@@ -132,6 +135,7 @@ class _Follower:
         self._audience = audience
         self._changed_at = time.monotonic()
         self._standing: tuple[object, ...] = ()
+        self._told_failures: set[tuple[object, ...]] = set()
 
     async def follow(self) -> None:
         """Until the federation is finished. Raises Failed."""
@@ -167,6 +171,7 @@ class _Follower:
             story.forecast = status.forecast
             self._audience.begins(status)
         await self._tell_of_rounds(stub, status)
+        self._tell_of_failures(status)
         self._audience.moves(status)
 
     async def _tell_who_joined(self, stub: "status_pb2_grpc.StatusServiceAsyncStub") -> None:
@@ -189,6 +194,13 @@ class _Follower:
             if summary.round <= ended:
                 self._story.rounds.append(summary)
                 self._audience.round_ended(summary, status)
+
+    def _tell_of_failures(self, status: Status) -> None:
+        for assignment in status.assignments:
+            failure = (status.round, status.phase, assignment.client_id, assignment.failures)
+            if assignment.failures and failure not in self._told_failures:
+                self._told_failures.add(failure)
+                self._audience.failed(assignment)
 
     def _check_that_it_moves(self, status: Status) -> None:
         if status.paused:

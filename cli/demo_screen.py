@@ -78,6 +78,11 @@ class DemoScreen:
         if status.method == "raflora" and status.forecast.sentence:
             self.say(Text(f"Forecast from the ranks alone: {plain(status.forecast.sentence)}.", style="cyan"))
 
+    def failed(self, assignment: status_pb2.AssignmentStatus) -> None:
+        """A task went wrong; the coordinator decides what comes of it."""
+        name, why = plain(assignment.client_id), plain(assignment.last_failure)
+        self.say(Text(f"  {name} could not do its task: {why}", style="yellow"))
+
     def moves(self, status: status_pb2.FederationStatus) -> None:
         """The open round and the newest energies."""
         if status.assignments:
@@ -140,19 +145,18 @@ def _part_done(assignment: status_pb2.AssignmentStatus) -> float:
 
 
 def _round_line(summary: status_pb2.RoundSummary, status: status_pb2.FederationStatus) -> Text:
-    width = len(str(status.num_rounds))
+    width = len(str(status.num_rounds))  # all of it fits into 80 columns
     seconds = summary.training_seconds + summary.aggregation_seconds + summary.evaluation_seconds
     return Text.assemble(
         (f"round {summary.round:>{width}}/{status.num_rounds}", "bold"),
-        f"  {len(summary.contributions)} of {counted(status.clients_known, 'worker')}",
+        f"  {len(summary.contributions)}/{counted(status.clients_known, 'worker')}",
         ("  accuracy ", "dim"),
         (percent(summary.accuracy), "bold green"),
         ("  up ", "dim"),
         human_bytes(summary.bytes_received),
         ("  down ", "dim"),
         human_bytes(summary.bytes_sent),
-        ("  in ", "dim"),
-        human_seconds(seconds),
+        f"  {human_seconds(seconds)}",
     )
 
 

@@ -57,6 +57,7 @@ class Engine:
         self.version = 0  # of the state, for those who wait for a change
         self._heard_at: dict[str, float] = {}
         self._has_ended = False
+        self.is_stopping = False
 
     @property
     def now(self) -> float:
@@ -85,10 +86,16 @@ class Engine:
         async with self._changed:
             try:
                 async with asyncio.timeout(timeout_seconds):
-                    await self._changed.wait_for(lambda: self.version != version)
+                    await self._changed.wait_for(lambda: self.version != version or self.is_stopping)
             except TimeoutError:
                 pass
             return self.version
+
+    async def stop_waiting(self) -> None:
+        """Ends every wait for a change, so that a clean end need not outlast the longest poll."""
+        self.is_stopping = True
+        async with self._changed:
+            self._changed.notify_all()
 
     def hear(self, client_id: str) -> None:
         """Notes a sign of life; volatile."""

@@ -11,10 +11,10 @@ log = structlog.get_logger()
 
 
 async def narrate(service: CoordinatorService) -> None:
-    """Until cancelled."""
+    """Until the coordinator stops."""
     engine, told = service.engine, State()
     version = -1
-    while True:
+    while not engine.is_stopping:
         version_now = await engine.wait_for_change(version, _REMIND_SECONDS)
         state = engine.state
         if version_now == version and state.phase is not Phase.FINISHED:

@@ -101,6 +101,7 @@ async def _serve(
             log.info("stopping")
         finally:
             await healthy.enter_graceful_shutdown()
+            await service.engine.stop_waiting()
             await server.stop(_GRACE_SECONDS if stopping.is_set() else 0)
             for task in running:
                 task.cancel()

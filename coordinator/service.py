@@ -206,9 +206,10 @@ class CoordinatorService:
                 if task is not None:
                     return task
             left = deadline - self.engine.now
-            if left <= 0 or self.engine.state.phase is Phase.FINISHED:
+            if left <= 0 or self.engine.state.phase is Phase.FINISHED or self.engine.is_stopping:
                 return None
-            await self.engine.wait_for_change(version, left)
+            # Who waits here is alive: it must be heard more often than its lease is long.
+            await self.engine.wait_for_change(version, min(left, self.config.rounds.lease_ttl_seconds / 3))
 
     def holds_lease(self, client_id: str, lease_token: int, progress: Progress) -> bool:
         """Whether the holder of the lease should go on; notes its progress."""

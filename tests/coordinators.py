@@ -1,4 +1,4 @@
-"""Whole coordinators for tests, in this process or as `raflora coordinator`, and clients that train with numpy alone."""
+"""Whole coordinators for tests, in this process or as `raflora coordinator`; clients that train with numpy alone."""
 
 import asyncio
 import io
@@ -40,6 +40,7 @@ START_SECONDS = 60.0  # for a process; a bound, not an expectation
 
 def settings_of(folder: Path, **changes: Any) -> dict[str, Any]:
     """A federation of two rounds of at least three clients; `rounds__quorum=2` changes one key."""
+    folder.mkdir(exist_ok=True)
     settings: dict[str, Any] = {
         "name": "digits",
         "state_dir": str(folder / "state"),

@@ -51,9 +51,8 @@ class At:
 def after(*acts: Act | At, start: State = State()) -> State:
     """The state after a story; time stands still unless an act says otherwise."""
     state, now = start, 0.0
-    for act in acts:
-        if isinstance(act, At):
-            now, act = act.seconds, act.act
+    for entry in acts:
+        now, act = (entry.seconds, entry.act) if isinstance(entry, At) else (now, entry)
         state = transition(state, act, now).state
     return state
 
@@ -162,4 +161,4 @@ def slice_of(state: State, client_id: str) -> str:
 
 def one_round(*client_ids: str) -> tuple[Act, ...]:
     """These clients train, and the result is published."""
-    return tuple(act for client_id in client_ids or EVERYBODY for act in trains(client_id)) + (publishes(),)
+    return (*(act for client_id in client_ids or EVERYBODY for act in trains(client_id)), publishes())

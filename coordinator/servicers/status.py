@@ -39,9 +39,9 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
         """Again and again; ends with the federation."""
         engine = self._service.engine
         while True:
-            version = engine.version
+            version, is_last = engine.version, engine.state.phase is Phase.FINISHED or engine.is_stopping
             yield pb.WatchStatusResponse(status=status_of(self._service))
-            if engine.state.phase is Phase.FINISHED:
+            if is_last:
                 return
             await asyncio.sleep(_WATCH_PAUSE_SECONDS)
             await engine.wait_for_change(version, _WATCH_IDLE_SECONDS)

@@ -288,8 +288,8 @@ OTHER_ROWS = [
         InvalidRequest, ["101", "at most 100"]),
     Row("a rank for a stranger", admin("SetClientRank", admin_pb2.SetClientRankRequest(client_id="mal", lora_rank=1)),
         UnknownClient, ["'mal'", "known: ada, bob"]),
-    Row("a rank beyond the client", admin("SetClientRank", admin_pb2.SetClientRankRequest(client_id="bob", lora_rank=3)),
-        WrongRank, ["'bob'", "rank 3", "1 to 2"]),
+    Row("a rank beyond the client",
+        admin("SetClientRank", admin_pb2.SetClientRankRequest(client_id="bob", lora_rank=3)), WrongRank, ["'bob'", "rank 3", "1 to 2"]),
     Row("a round that is not open", admin("CloseRound", admin_pb2.CloseRoundRequest(round=4)), StaleRound,
         ["round 4 is not open; open is round 1"]),
     Row("a round without updates", admin("CloseRound", admin_pb2.CloseRoundRequest(round=1)), InvalidRequest,
@@ -316,7 +316,8 @@ async def test_it_is_refused_by_name_and_changes_nothing(tmp_path: Path, row: Ro
             await bob.upload(task, site.update)
             expected = Outcome.DUPLICATE if row.error is UpdateConflict else Outcome.ACCEPTED
             assert await bob.submit(task, site.update) is expected
-        status = await observer.finished()
+        assert (await ada.rpc.poll_task(30.0)).is_finished
+        status = await observer.see()
     contributors = [c.client_id for c in status.last_round.contributions]
     assert contributors == (["ada"] if row.error is Evicted else ["ada", "bob"])
 
@@ -377,7 +378,7 @@ async def test_refused_bytes_can_be_sent_again_and_are_checked_again(tmp_path: P
             with pytest.raises(grpc.aio.AioRpcError, match="only finite numbers"):
                 await site.send(with_nan(site.update))
         await site.send(site.update)
-        await observer.finished()
+        assert (await bob.rpc.poll_task(30.0)).is_finished
 
 
 def test_the_rows_update_is_what_a_good_client_sends() -> None:

@@ -66,7 +66,7 @@ async def test_two_federations_end_with_a_folder_that_peft_loads(tmp_path: Path)
             assert set(each["accuracies"]) == {"site-a", "site-b"}
     assert {path.name for path in setting.adapter.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     text = shown.getvalue()
-    for sentence in ("site-b joined: rank 4", "round 2/2  2 of 2 workers", "under a rank-agnostic average", "OK"):
+    for sentence in ("site-b joined: rank 4", "round 2/2  2/2 workers", "under a rank-agnostic average", "OK"):
         assert sentence in text
     assert not list(setting.folder.glob("*/*-state"))
     assert not processes_that_name(str(tmp_path))
@@ -74,9 +74,13 @@ async def test_two_federations_end_with_a_folder_that_peft_loads(tmp_path: Path)
     assert "ranks 1-2" in (tmp_path / "energy.svg").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("kind", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(
+    ("kinds", "status"),
+    [([signal.SIGINT], 130), ([signal.SIGTERM], 1), ([signal.SIGINT, signal.SIGINT], 130)],
+    ids=["ctrl-c", "sigterm", "impatient ctrl-c"],
+)
 def test_a_demo_that_is_told_to_end_takes_its_processes_along(
-    tmp_path: Path, kind: signal.Signals, status: int
+    tmp_path: Path, kinds: list[signal.Signals], status: int
 ) -> None:
     command = [sys.executable, "-m", "cli.main", "demo", "--out", str(tmp_path / "demo")]
     with subprocess.Popen(
@@ -91,7 +95,8 @@ def test_a_demo_that_is_told_to_end_takes_its_processes_along(
         while "still loading" not in (line := process.stdout.readline()):
             assert line, process.communicate(timeout=SECONDS)
         assert len(processes_that_name(f"{tmp_path}/demo/")) == 6
-        process.send_signal(kind)
+        for kind in kinds:
+            process.send_signal(kind)
         _, complaint = process.communicate(timeout=SECONDS)
     assert process.returncode == status
     assert "Traceback" not in complaint
@@ -171,12 +176,16 @@ def test_without_a_terminal_every_round_is_two_lines() -> None:
         screen.waiting("1 of 2 workers are still loading")
         screen.joined(client("ada", 2))
         screen.moves(training())
+        late = training().assignments[1]
+        late.last_failure = "trainer_died: signal SIGKILL"
+        screen.failed(late)
         screen.round_ended(summary(3), finished())
     lines = [" ".join(line.split()) for line in shown.getvalue().splitlines()]
     assert lines == [
         "... 2 of 2 workers are still loading",
         "ada joined: rank 2, 312 examples, adapter 1.5 KiB, cpu",
-        "round 3/20 1 of 2 workers accuracy 50.0 % up 1.5 KiB down 3.0 MiB in 13.0 s",
+        "bob could not do its task: trainer_died: signal SIGKILL",
+        "round 3/20 0/2 workers accuracy 50.0 % up 1.5 KiB down 3.0 MiB 13.0 s",
         "energy in ranks 1-2 ███████ 90% 3-4 █ 10%",
     ]
 

@@ -99,7 +99,6 @@ async def test_the_bytes_do_not_depend_on_who_is_first(tmp_path: Path) -> None:
     digests = []
     for order in ([0, 1, 2], [2, 0, 1]):
         config = config_of(tmp_path / str(order), rounds__num_rounds=1)
-        config.state_dir.parent.mkdir()
         async with serving(config) as address, observing(address) as observer, clients_of(address, RANKS) as clients:
             for i in order:
                 await clients[i].do(await clients[i].fetch_task())

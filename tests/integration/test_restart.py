@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import pytest
 from coordinators import (
     SEED,
@@ -24,7 +26,7 @@ from common.codec import digest_of, encode
 from coordinator.config import CoordinatorConfig
 from coordinator.stores.blobs import FileBlobs
 from coordinator.stores.journal import SqlJournal
-from worker.messages import Blob, Outcome
+from worker.messages import Blob, Outcome, Progress
 
 RANKS = {"ada": 2, "bob": 4, "cem": 8}
 Start = Callable[[], CoordinatorProcess]
@@ -45,7 +47,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 async def undisturbed(folder: Path) -> list[str]:
     """The adapters' digests of a federation to which nothing happened."""
-    folder.mkdir()
     config = config_of(folder)
     async with serving(config) as address, observing(address) as observer, clients_of(address, RANKS) as clients:
         await asyncio.gather(*(client.work() for client in clients))
@@ -95,6 +96,23 @@ async def test_a_coordinator_killed_in_the_middle_of_a_round_goes_on_as_if_nothi
         assert await digests(observer.status) == await undisturbed(tmp_path / "undisturbed")
     assert [c.num_examples for c in status.last_round.contributions] == [10, 20, 30]
     assert process.terminate() == 0, process.output
+
+
+async def test_a_clean_end_answers_those_who_wait_and_a_stopped_federation_goes_on(start: Start) -> None:
+    process = start()
+    async with clients_of(process.wait_until_listening(), {"ada": 2}) as (ada,), observing(ada.address) as observer:
+        watch = observer.status.WatchStatus(status_pb2.WatchStatusRequest(), timeout=60)
+        assert (await watch.read()).status.clients_connected == 1
+        poll = asyncio.create_task(ada.rpc.poll_task(45.0))
+        await ada.rpc.heartbeat(0, Progress("waiting"))  # after it, on the same connection, the poll has arrived
+        assert await asyncio.to_thread(process.terminate) == 0, process.output
+        assert (await poll).tasks == ()
+        while await watch.read() is not grpc.aio.EOF:
+            pass
+        assert await watch.code() is grpc.StatusCode.OK
+    process = start()
+    async with observing(process.wait_until_listening()) as observer:
+        assert (await observer.see()).clients_known == 1
 
 
 async def test_a_coordinator_that_died_while_aggregating_aggregates_the_frozen_inputs(tmp_path: Path) -> None:
