@@ -13,7 +13,7 @@ from coordinator.server import run_coordinator
 from worker.peft_format import write_peft_folder
 
 if TYPE_CHECKING:
-    from coordinator.service import PublishedAdapter
+    from coordinator.publishing import PublishedAdapter
 
 
 async def coordinator(

@@ -12,7 +12,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import CorruptTransfer, InvalidRequest, WrongOffset, WrongSize
+from common.errors import CorruptTransfer, InvalidRequest, UnknownBlob, WrongOffset, WrongSize
 
 CHUNK_BYTES = 1 << 20  # well under gRPC's 4 MiB default, so no side must raise it
 SYNC_BYTES = 16 << 20  # at most this much is sent again after a crash
@@ -27,8 +27,12 @@ def check_digest(digest: str, whose: str) -> str:
 
 
 def chunks_of(path: Path, offset: int = 0) -> Generator[bytes]:
-    """The file's bytes from an offset, in chunks. Raises WrongOffset beyond its end."""
-    with path.open("rb") as file:
+    """The file's bytes from an offset, in chunks. Raises WrongOffset beyond its end, UnknownBlob if it is gone."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise UnknownBlob(f"blob {path.name[:12]} was deleted meanwhile; ask for the newest one") from None
+    with file:
         size = os.fstat(file.fileno()).st_size
         if not 0 <= offset <= size:
             raise WrongOffset(f"offset {offset}: the blob has {size} bytes", committed_bytes=size)

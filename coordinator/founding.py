@@ -1,13 +1,103 @@
-"""How a federation comes to be: the manifest is frozen and the adapter of round 0 is made."""
+"""How a federation comes to be, and what everything else stands on: settings, engine, blobs, manifest, slices."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
 
 from common.adapter import AdapterSpec, initial_adapter
 from common.codec import encode
-from common.errors import BaseModelMismatch, ConfigError, SpecMismatch, WrongRank
+from common.errors import BaseModelMismatch, ConfigError, NothingPublished, SpecMismatch, WrongRank
 from coordinator.aggregation.method import MethodOptions, make_method
 from coordinator.config import CoordinatorConfig
+from coordinator.engine import Engine
 from coordinator.federation.requests import Found
-from coordinator.manifest import Manifest
-from coordinator.stores.blobs import BlobStore
+from coordinator.manifest import Manifest, check_unchanged, read_spec_file
+from coordinator.slices import Slices
+from coordinator.stores.blobs import BlobStore, FileBlobs
+
+log = structlog.get_logger()
+
+
+class Foundation:
+    """A federation's engine and blobs; its manifest and slices as soon as it is founded."""
+
+    def __init__(self, config: CoordinatorConfig, engine: Engine, blobs: FileBlobs) -> None:
+        """Raises ConfigError if the federation was founded with other settings, CorruptStore for a damaged manifest."""
+        self.config = config
+        self.engine = engine
+        self.blobs = blobs
+        self.manifest: Manifest | None = None
+        self._slices: Slices | None = None
+        self._founding = asyncio.Lock()
+        self._pins: Counter[str] = Counter()
+        if engine.state.manifest_digest:
+            self._adopt(Manifest.from_content(blobs.verify(engine.state.manifest_digest).read_bytes()))
+            check_unchanged(self.known_manifest, config)
+
+    @property
+    def known_manifest(self) -> Manifest:
+        """Raises NothingPublished before the federation is founded."""
+        if self.manifest is None:
+            raise NothingPublished("no worker has joined yet, so there is no manifest and no adapter")
+        return self.manifest
+
+    @property
+    def slices(self) -> Slices:
+        """Likewise."""
+        if self._slices is None:
+            raise NothingPublished("no worker has joined yet, so there is no manifest and no adapter")
+        return self._slices
+
+    async def found_from_file(self) -> None:
+        """Founds the federation if the operator gave a spec. Raises ConfigError."""
+        if self.manifest is None and self.config.adapter.spec is not None:
+            spec, digest = await asyncio.to_thread(read_spec_file, self.config.adapter.spec)
+            await self.found_if_new(spec, digest, "adapter.spec")
+
+    async def found_if_new(self, spec: AdapterSpec, base_model_digest: str, whose: str) -> None:
+        """Founds the federation on this spec unless it is founded already. Raises BaseModelMismatch, ConfigError."""
+        async with self._founding:
+            if self.manifest is not None:
+                return
+            check_base_model(self.config.model.base_model_digest, base_model_digest, whose)
+            manifest = Manifest.of(self.config, spec, base_model_digest)
+            request = await asyncio.to_thread(found, manifest, self.blobs)
+            transition = await self.engine.submit(request)
+            # The journal's, not ours: a caller that hung up after its own was recorded may have come before.
+            path = await asyncio.to_thread(self.blobs.verify, transition.state.manifest_digest)
+            self._adopt(Manifest.from_content(path.read_bytes()))
+            log.info("federation founded", manifest=self.known_manifest.digest[:12], modules=len(spec.modules))
+
+    @contextmanager
+    def pinned(self, digest: str) -> Iterator[None]:
+        """Keeps a blob from being swept while nothing in the journal refers to it yet."""
+        self._pins[digest] += 1
+        try:
+            yield
+        finally:
+            self._pins[digest] -= 1
+            self._pins += Counter()  # drops what is at zero
+
+    def sweep(self) -> None:
+        """Deletes the blobs that nothing refers to. Never waits, so no submission can come in between."""
+        state, keep = self.engine.state, set(self._pins)
+        keep |= {state.manifest_digest, state.adapter_digest}
+        keep |= {r.adapter_digest for r in state.history[-self.config.store.keep_rounds :]}
+        if state.open is not None:
+            keep |= {a.update.digest for a in state.open.updates if a.update is not None}
+            keep |= {a.slice_digest for a in state.open.assignments}
+        if self._slices is not None:
+            self._slices.keep_only(state.adapter_digest)
+            keep |= self._slices.digests()
+        for digest in self.blobs.digests() - keep:
+            self.blobs.delete(digest)
+
+    def _adopt(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._slices = Slices(self.blobs, manifest)
 
 
 def check_settings(config: CoordinatorConfig) -> None:

@@ -25,7 +25,11 @@ from coordinator.federation.state import Rules
 
 FORMAT = 1  # of the manifest; a coordinator refuses one that it does not know
 _FROZEN_SECTIONS = ("model", "adapter", "rounds", "ranks", "aggregation", "training")
-_NOT_PART = {"aggregation": {"processes"}, "adapter": {"spec"}}  # changes no number
+_NOT_PART = {  # changes no number
+    "aggregation": {"processes"},
+    "adapter": {"spec"},
+    "model": {"base_model_digest"},  # the manifest has the true one
+}
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,11 @@ class Manifest:
 
 def check_unchanged(manifest: Manifest, config: CoordinatorConfig) -> None:
     """Raises ConfigError that names the key if a founded federation is started with other settings."""
+    if config.model.base_model_digest not in ("", manifest.base_model_digest):
+        raise ConfigError(
+            f"model.base_model_digest: {config.model.base_model_digest[:12]}, but federation {manifest.federation!r} "
+            f"trains {manifest.base_model_digest[:12]}"
+        )
     before, now = _frozen_settings(manifest), _frozen_settings(config)
     for section, settings in now.items():
         for key, value in settings.items():

@@ -23,7 +23,8 @@ from common.errors import ConfigError, Unavailable
 from coordinator.config import CoordinatorConfig, ServerConfig
 from coordinator.founding import check_settings
 from coordinator.narrator import narrate
-from coordinator.service import CoordinatorService, PublishedAdapter
+from coordinator.publishing import PublishedAdapter
+from coordinator.service import CoordinatorService
 from coordinator.servicers.admin import AdminServicer
 from coordinator.servicers.federation import FederationServicer
 from coordinator.servicers.interceptor import ErrorInterceptor

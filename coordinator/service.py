@@ -1,35 +1,25 @@
-"""What the coordinator does for its callers, in domain words; servicers translate, the engine decides.
-
-The order of a submission is the promise: validate, make the bytes durable, append one event, answer.
-"""
+"""What the coordinator does for its callers, in domain words; servicers translate, the engine decides."""
 
 import asyncio
-import math
-from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import BrokenExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import structlog
 
-from common.adapter import Adapter, AdapterSpec
-from common.codec import check_file
-from common.errors import InvalidRequest, NothingPublished, RafloraError, UnknownBlob, UnknownTask, WrongSize
+from common.adapter import AdapterSpec
+from common.errors import NothingPublished, UnknownBlob
 from common.transfer import check_digest
 from coordinator.aggregation.forecast import CollapseForecast, forecast_collapse
 from coordinator.config import CoordinatorConfig
 from coordinator.engine import Engine
 from coordinator.federation.explain import explain
 from coordinator.federation.requests import (
-    AbortRound,
     Claim,
     Fail,
     Join,
     Leave,
     NoteSilence,
     Outcome,
-    Publish,
-    SubmitEvaluation,
-    SubmitUpdate,
     check_join,
 )
 from coordinator.federation.state import (
@@ -42,19 +32,16 @@ from coordinator.federation.state import (
     Profile,
     part_of,
 )
-from coordinator.federation.step import Aggregate, Command, member
-from coordinator.founding import check_base_model, check_spec, found
-from coordinator.manifest import Manifest, RoundPlan, check_unchanged, read_spec_file
-from coordinator.merging import make_pool, merge
-from coordinator.slices import BlobReference, Slices, read_global_adapter
+from coordinator.federation.step import Command, member
+from coordinator.founding import Foundation, check_base_model, check_spec
+from coordinator.intake import Intake
+from coordinator.manifest import RoundPlan
+from coordinator.publishing import PublishedAdapter, Publisher
+from coordinator.slices import BlobReference
 from coordinator.stores.blobs import FileBlobs
 from coordinator.stores.journal import Journal
-from coordinator.stores.uploads import Upload, UploadSpool
 
-MAX_METRICS = 64
-MAX_EXAMPLES = 1 << 32
 MAX_POLL_SECONDS = 45.0
-_CHUNK_WAIT_SECONDS = 60.0  # a sender that is silent for longer has gone; it resumes at its offset
 
 log = structlog.get_logger()
 
@@ -84,21 +71,11 @@ class Progress:
     train_loss: float = 0.0
 
 
-@dataclass(frozen=True)
-class PublishedAdapter:
-    """For whoever exports: the effective global adapter of a round."""
-
-    adapter: Adapter
-    manifest: Manifest
-    round: int
-
-
 @dataclass
 class Counters:
     """Volatile; since this process started."""
 
     bytes_sent: int = 0
-    bytes_received: int = 0
     progress: dict[str, Progress] = field(default_factory=dict)
 
 
@@ -115,48 +92,25 @@ class CoordinatorService:
         self.config = config
         self.blobs = blobs
         self.counters = Counters()
-        self.uploads = UploadSpool(config.state_dir / "uploads", blobs, config.server.max_uploads)
         self.engine = Engine(config.name, journal, self._carry_out)
-        self.manifest: Manifest | None = None
-        self._slices: Slices | None = None
-        self._on_published = on_published
-        self._pool = make_pool(config.aggregation.processes)
-        self._founding = asyncio.Lock()
+        self.foundation = Foundation(config, self.engine, blobs)
+        self.intake = Intake(self.foundation, self.known_member)
+        self._publisher = Publisher(self.foundation, on_published)
         self._commands = asyncio.TaskGroup()  # an error in one of them is fatal, as in the engine
-        self._merging = 0
-        self._in_flight: set[str] = set()  # digests adopted whose event is not in the journal yet
-        if self.engine.state.manifest_digest:
-            content = blobs.verify(self.engine.state.manifest_digest).read_bytes()
-            self._adopt(Manifest.from_content(content))
-            check_unchanged(self.known_manifest, config)
-
-    @property
-    def known_manifest(self) -> Manifest:
-        """Raises NothingPublished before the federation is founded."""
-        if self.manifest is None:
-            raise NothingPublished("no worker has joined yet, so there is no manifest and no adapter")
-        return self.manifest
-
-    @property
-    def known_slices(self) -> Slices:
-        """Likewise."""
-        if self._slices is None:
-            raise NothingPublished("no worker has joined yet, so there is no manifest and no adapter")
-        return self._slices
 
     async def run(self) -> None:
         """The engine, and the founding if the spec is known from a file. Until cancelled; an error is fatal."""
         async with self._commands:
             self._commands.create_task(self.engine.run())
-            if self.manifest is None and self.config.adapter.spec is not None:
-                spec, digest = await asyncio.to_thread(read_spec_file, self.config.adapter.spec)
-                await self._found_if_new(spec, digest, "adapter.spec")
-            await self._sweep()
+            await self.foundation.found_from_file()
+            await self._publisher.sweep()
 
     def close(self) -> None:
         """Ends the helper processes."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._publisher.close()
+
+    def _carry_out(self, command: Command) -> None:
+        self._commands.create_task(self._publisher.carry_out(command))
 
     # ------------------------------------------------------------ membership
 
@@ -167,9 +121,9 @@ class CoordinatorService:
         whose, request = f"client {client_id!r}", Join(client_id, enrol_key, profile)
         check_join(request)  # before it may found anything
         check_digest(base_model_digest, whose)
-        await self._found_if_new(spec, base_model_digest, whose)
-        check_base_model(self.known_manifest.base_model_digest, base_model_digest, whose)
-        check_spec(self.known_manifest, spec, whose)
+        await self.foundation.found_if_new(spec, base_model_digest, whose)
+        check_base_model(self.foundation.known_manifest.base_model_digest, base_model_digest, whose)
+        check_spec(self.foundation.known_manifest, spec, whose)
         transition = await self.engine.submit(request)
         self.engine.hear(client_id)
         client = transition.state.clients[client_id]
@@ -200,7 +154,7 @@ class CoordinatorService:
             version = self.engine.version
             await self.known_member(client_id, enrol_key)
             opened = self.engine.state.open
-            assignment = _takeable(opened, self.engine.state.phase, client_id)
+            assignment = self.engine.state.takeable_by(client_id)
             if opened is not None and assignment is not None:
                 task = await self._claim(opened, assignment)
                 if task is not None:
@@ -238,87 +192,13 @@ class CoordinatorService:
         """Checks that the client may have these bytes. Raises UnknownBlob."""
         await self.known_member(client_id, enrol_key)
         check_digest(digest, f"client {client_id!r}")
-        if not self.known_slices.owns(digest):
+        opened = self.engine.state.open
+        assignment = opened.assignment_of(client_id) if opened else None
+        # What was handed out stays good over a restart, when no slice has been made yet.
+        was_handed_out = assignment is not None and assignment.slice_digest == digest
+        if not was_handed_out and not self.foundation.slices.owns(digest):
             raise UnknownBlob(f"client {client_id!r}: {digest[:12]} is not a slice of the current adapter; poll again")
         return digest
-
-    async def begin_upload(self, client_id: str, enrol_key: str, reference: BlobReference) -> int:
-        """How much of an upload is durable. Raises UnknownTask without a task, WrongSize unless it fits the rank."""
-        await self.known_member(client_id, enrol_key)
-        check_digest(reference.digest, f"client {client_id!r}")
-        opened = self.engine.state.open
-        assignment = opened.assignment_of(client_id) if opened and opened.kind is Kind.TRAIN else None
-        if assignment is None:
-            raise UnknownTask(f"client {client_id!r} has no training task now, so there is nothing to upload")
-        if assignment.update is not None and assignment.update.digest == reference.digest:
-            return reference.size_bytes  # accepted before; the submission will say so
-        expected = self.known_manifest.layout(assignment.rank).size_bytes
-        if reference.size_bytes != expected:
-            raise WrongSize(
-                f"client {client_id!r}: an update of {reference.size_bytes} bytes was announced, but rank "
-                f"{assignment.rank} in {self.known_manifest.adapter.wire_dtype} is exactly {expected}"
-            )
-        return await asyncio.to_thread(self.uploads.begin, client_id, reference.digest, reference.size_bytes)
-
-    async def receive(
-        self, client_id: str, enrol_key: str, digest: str, offset: int, chunks: AsyncIterator[bytes]
-    ) -> int:
-        """Takes a stream of chunks from an offset; what is durable at its end."""
-        await self.known_member(client_id, enrol_key)
-        upload: Upload = await asyncio.to_thread(self.uploads.open, client_id, digest)
-        try:
-            while True:
-                async with asyncio.timeout(_CHUNK_WAIT_SECONDS):
-                    chunk = await anext(chunks, None)
-                if chunk is None:
-                    return await asyncio.to_thread(upload.finish)
-                await asyncio.to_thread(upload.append, offset, chunk)
-                offset += len(chunk)
-                self.counters.bytes_received += len(chunk)
-                self.engine.hear(client_id)  # a long upload is a sign of life
-        finally:
-            await asyncio.to_thread(upload.close)
-
-    async def committed_bytes(self, client_id: str, enrol_key: str, digest: str) -> int:
-        """How much of an upload is durable."""
-        await self.known_member(client_id, enrol_key)
-        return await asyncio.to_thread(self.uploads.committed_bytes, client_id, digest)
-
-    # ------------------------------------------------------------ submissions
-
-    async def submit_update(self, request: SubmitUpdate, enrol_key: str) -> Outcome:
-        """Validates, makes durable, records, and only then answers. Bad bytes are forgotten and change nothing."""
-        client_id, update = request.client_id, request.update
-        await self.known_member(client_id, enrol_key)
-        _check_numbers(client_id, update.num_examples, update.metrics, update.training_seconds)
-        opened = self.engine.state.open
-        assignment = _takeable(opened, self.engine.state.phase, client_id)
-        if opened is None or assignment is None or opened.number != request.number or opened.kind is not Kind.TRAIN:
-            return (await self.engine.submit(request)).outcome
-        path = await asyncio.to_thread(self.uploads.completed_path, client_id, update.digest)
-        layout = self.known_manifest.layout(assignment.rank)
-        try:
-            await asyncio.to_thread(check_file, path, layout, f"client {client_id!r}, round {request.number}")
-        except InvalidRequest:
-            await asyncio.to_thread(self.uploads.discard, client_id, update.digest)
-            raise
-        request = replace(request, update=replace(update, size_bytes=layout.size_bytes))
-        self._in_flight.add(update.digest)
-        try:
-            await asyncio.to_thread(self.uploads.commit, client_id, update.digest)
-            outcome = (await self.engine.submit(request)).outcome
-        finally:
-            self._in_flight.discard(update.digest)
-        if outcome is Outcome.ACCEPTED:
-            log.info("update accepted", client=client_id, round=request.number, digest=update.digest[:12])
-            await asyncio.to_thread(self.uploads.discard, client_id, update.digest)
-        return outcome
-
-    async def submit_evaluation(self, request: SubmitEvaluation, enrol_key: str) -> Outcome:
-        """Records an evaluation."""
-        await self.known_member(request.client_id, enrol_key)
-        _check_numbers(request.client_id, request.evaluation.num_examples, request.evaluation.metrics)
-        return (await self.engine.submit(request)).outcome
 
     # ------------------------------------------------------------ observers
 
@@ -336,36 +216,17 @@ class CoordinatorService:
 
     async def published_slice(self, rank: int) -> tuple[BlobReference, int]:
         """The newest adapter cut to a rank (0: the global one), and its rank. Raises NothingPublished, WrongRank."""
-        manifest, state = self.known_manifest, self.engine.state
+        manifest, state = self.foundation.known_manifest, self.engine.state
         if state.round == 0:
             raise NothingPublished("round 1 is not finished, so there is no trained adapter yet")
         rank = rank or manifest.adapter.global_rank
-        return await self.known_slices.slice_of(state.adapter_digest, rank), rank
+        return await self.foundation.slices.slice_of(state.adapter_digest, rank), rank
 
     # ------------------------------------------------------------ inside
 
-    async def _found_if_new(self, spec: AdapterSpec, base_model_digest: str, whose: str) -> None:
-        async with self._founding:
-            if self.manifest is None:
-                check_base_model(self.config.model.base_model_digest, base_model_digest, whose)
-                await self._found(spec, base_model_digest)
-
-    async def _found(self, spec: AdapterSpec, base_model_digest: str) -> None:
-        manifest = Manifest.of(self.config, spec, base_model_digest)
-        request = await asyncio.to_thread(found, manifest, self.blobs)
-        transition = await self.engine.submit(request)
-        # The journal's, not ours: a caller that hung up after its own was recorded may have come before.
-        path = await asyncio.to_thread(self.blobs.verify, transition.state.manifest_digest)
-        self._adopt(Manifest.from_content(path.read_bytes()))
-        log.info("federation founded", manifest=self.known_manifest.digest[:12], modules=len(spec.modules))
-
-    def _adopt(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self._slices = Slices(self.blobs, manifest)
-
     async def _claim(self, opened: OpenRound, assignment: Assignment) -> Task | None:
-        manifest = self.known_manifest
-        reference = await self.known_slices.slice_of(self.engine.state.adapter_digest, assignment.rank)
+        manifest = self.foundation.known_manifest
+        reference = await self.foundation.slices.slice_of(self.engine.state.adapter_digest, assignment.rank)
         transition = await self.engine.submit(
             Claim(assignment.client_id, opened.number, opened.attempt, reference.digest)
         )
@@ -385,75 +246,3 @@ class CoordinatorService:
             plan=manifest.plan(opened.number, assignment.client_id),
             deadline_seconds=max(0.0, now_open.deadline_at - self.engine.now),
         )
-
-    def _carry_out(self, command: Command) -> None:
-        self._commands.create_task(self._aggregate(command))
-
-    async def _aggregate(self, command: Aggregate) -> None:
-        self._merging += 1
-        try:
-            digest = await self._publish(command)
-        finally:
-            self._merging -= 1
-        await self._sweep()
-        if self._on_published is not None and digest:
-            manifest = self.known_manifest
-            try:
-                adapter = await asyncio.to_thread(read_global_adapter, self.blobs, manifest, digest)
-                await asyncio.to_thread(self._on_published, PublishedAdapter(adapter, manifest, command.number))
-            except OSError as error:  # what is published stays published
-                log.error("export failed", round=command.number, error=str(error))
-
-    async def _publish(self, command: Aggregate) -> str:
-        """Merges and publishes: the adapter's digest, or nothing if the round was aborted, by us or meanwhile."""
-        manifest, state = self.known_manifest, self.engine.state
-        ranks = {c.rank for c in state.clients.values() if c.membership is not Membership.EVICTED}
-        levels = tuple(sorted(ranks | set(manifest.ranks.levels)))
-        try:
-            merged = await asyncio.to_thread(merge, command, manifest, levels, self.blobs, self._pool)
-        except (RafloraError, OSError, MemoryError, BrokenExecutor) as error:
-            log.error("aggregation failed", round=command.number, error=str(error))
-            opened = self.engine.state.open
-            if opened is not None and (opened.number, opened.attempt) == (command.number, command.attempt):
-                await self.engine.submit(AbortRound(command.number, f"the aggregation failed: {error}"))
-            return ""
-        publish = Publish(command.number, command.attempt, merged.adapter_digest, merged.to_json())
-        transition = await self.engine.submit(publish)
-        return merged.adapter_digest if transition.outcome is Outcome.ACCEPTED else ""
-
-    async def _sweep(self) -> None:
-        """Deletes what nothing refers to."""
-        if self._slices is not None:
-            await self._slices.settle()  # a slice that is being written has no name yet that could be kept
-        if self._merging:
-            return  # likewise what a merge has written; it sweeps when it is done
-        # From here on nothing waits, so that no submission can come in between.
-        state, keep = self.engine.state, set(self._in_flight)
-        keep |= {state.manifest_digest, state.adapter_digest}
-        keep |= {r.adapter_digest for r in state.history[-self.config.store.keep_rounds :]}
-        if state.open is not None:
-            keep |= {a.update.digest for a in state.open.updates if a.update is not None}
-            keep |= {a.slice_digest for a in state.open.assignments}
-        if self._slices is not None:
-            self._slices.keep_only(state.adapter_digest)
-            keep |= self._slices.digests()
-        for digest in self.blobs.digests() - keep:
-            self.blobs.delete(digest)
-
-
-def _takeable(opened: OpenRound | None, phase: Phase, client_id: str) -> Assignment | None:
-    """The client's part of the open round if it can still be worked on."""
-    if opened is None or phase is Phase.AGGREGATING:
-        return None
-    assignment = opened.assignment_of(client_id)
-    return None if assignment is None or assignment.is_done or assignment.is_failed else assignment
-
-
-def _check_numbers(client_id: str, num_examples: int, metrics: Mapping[str, float], seconds: float = 0.0) -> None:
-    if not 1 <= num_examples <= MAX_EXAMPLES:
-        raise InvalidRequest(f"client {client_id!r}: num_examples {num_examples}; 1 to {MAX_EXAMPLES} are accepted")
-    if len(metrics) > MAX_METRICS or any(len(name) > 100 for name in metrics):
-        raise InvalidRequest(f"client {client_id!r}: {len(metrics)} metrics; at most {MAX_METRICS} short names")
-    bad = [name for name, value in [*metrics.items(), ("training_seconds", seconds)] if not math.isfinite(value)]
-    if bad:
-        raise InvalidRequest(f"client {client_id!r}: {bad[0]} is not finite")

@@ -228,6 +228,13 @@ class State:
         """By client id."""
         return tuple(c for _, c in sorted(self.clients.items()) if c.is_active)
 
+    def takeable_by(self, client_id: str) -> Assignment | None:
+        """The client's part of the open round if it can still be worked on."""
+        if self.open is None or self.phase is Phase.AGGREGATING:
+            return None
+        assignment = self.open.assignment_of(client_id)
+        return None if assignment is None or assignment.is_done or assignment.is_failed else assignment
+
     @property
     def is_evaluation_due(self) -> bool:
         """Whether the newest adapter is one that the rules want evaluated, and it is not yet."""

@@ -47,7 +47,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         return pb.SetClientRankResponse(explanation=await self._order(order))
 
     async def _order(self, request: Request) -> str:
-        self._service.known_manifest  # noqa: B018 - raises before there is anything to order
+        self._service.foundation.known_manifest  # noqa: B018 - raises before there is anything to order
         transition = await self._service.engine.submit(request)
         log.info("operator", order=type(request).__name__, outcome=transition.outcome)
         return self._service.explanation()

@@ -39,7 +39,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
 
     async def Handshake(self, request: pb.HandshakeRequest, context: _Context) -> pb.HandshakeResponse:
         """The protocol to speak, and what to load."""
-        config, manifest = self._service.config, self._service.manifest
+        config, manifest = self._service.config, self._service.foundation.manifest
         digest = manifest.base_model_digest if manifest else config.model.base_model_digest
         return pb.HandshakeResponse(
             protocol=_agree(request.protocol_min, request.protocol_max),
@@ -71,7 +71,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         client = await self._service.join(
             request.client_id, request.enrol_key, profile, _spec_of(request.spec), request.base_model_digest
         )
-        manifest = self._service.known_manifest
+        manifest = self._service.foundation.known_manifest
         return pb.JoinResponse(
             lora_rank=client.rank,
             manifest_digest=manifest.digest,
@@ -113,7 +113,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
 
     async def BeginUpload(self, request: pb.BeginUploadRequest, context: _Context) -> pb.BeginUploadResponse:
         """Where to go on."""
-        committed = await self._service.begin_upload(
+        committed = await self._service.intake.begin_upload(
             request.client_id, request.enrol_key, BlobReference(request.blob.digest, request.blob.size_bytes)
         )
         return pb.BeginUploadResponse(committed_bytes=committed)
@@ -129,11 +129,11 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         except (KeyError, ValueError) as error:
             raise InvalidRequest(f"upload: the call's metadata lacks or garbles {error}") from None
         async with aclosing(_data_of(request)) as chunks:
-            return pb.UploadAdapterResponse(committed_bytes=await self._service.receive(*who, offset, chunks))
+            return pb.UploadAdapterResponse(committed_bytes=await self._service.intake.receive(*who, offset, chunks))
 
     async def QueryUpload(self, request: pb.QueryUploadRequest, context: _Context) -> pb.QueryUploadResponse:
         """How much is durable."""
-        committed = await self._service.committed_bytes(request.client_id, request.enrol_key, request.digest)
+        committed = await self._service.intake.committed_bytes(request.client_id, request.enrol_key, request.digest)
         return pb.QueryUploadResponse(committed_bytes=committed)
 
     async def SubmitUpdate(self, request: pb.SubmitUpdateRequest, context: _Context) -> pb.SubmitUpdateResponse:
@@ -153,7 +153,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             slice_digest=request.slice_digest,
             update=update,
         )
-        outcome = await self._service.submit_update(submission, request.enrol_key)
+        outcome = await self._service.intake.submit_update(submission, request.enrol_key)
         return pb.SubmitUpdateResponse(outcome=_OUTCOMES[outcome])
 
     async def SubmitEvaluation(
@@ -168,7 +168,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             slice_digest=request.slice_digest,
             evaluation=Evaluation(request.num_examples, dict(request.metrics)),
         )
-        outcome = await self._service.submit_evaluation(submission, request.enrol_key)
+        outcome = await self._service.intake.submit_evaluation(submission, request.enrol_key)
         return pb.SubmitEvaluationResponse(outcome=_OUTCOMES[outcome])
 
     async def FailTask(self, request: pb.FailTaskRequest, context: _Context) -> pb.FailTaskResponse:
@@ -203,7 +203,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
                 seed=task.plan.seed,
             ),
             deadline_seconds=task.deadline_seconds,
-            manifest_digest=self._service.known_manifest.digest,
+            manifest_digest=self._service.foundation.known_manifest.digest,
         )
 
 

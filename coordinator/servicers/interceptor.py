@@ -1,5 +1,6 @@
 """The one place where errors become gRPC statuses: code, message and the stable reason in the trailing metadata."""
 
+import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
@@ -8,7 +9,7 @@ import grpc.aio
 import structlog
 
 from common.channel import COMMITTED_BYTES_KEY, REASON_KEY
-from common.errors import RafloraError, WrongOffset
+from common.errors import RafloraError, TooBusy, WrongOffset
 
 log = structlog.get_logger()
 _Handler: TypeAlias = Any  # grpc.RpcMethodHandler, which cannot be subscripted when this runs
@@ -78,6 +79,9 @@ async def _abort_unknown(context: grpc.aio.ServicerContext[Any, Any], error: Bas
         raise error
     if isinstance(error, TimeoutError):
         await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the sender was silent for too long; resume")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        log.error("disk full", method=method)
+        await _abort(context, TooBusy("the coordinator's disk is full; try again later"), method)
     log.error("bug", method=method, exc_info=error)
     await context.abort(
         grpc.StatusCode.INTERNAL, "internal error; the coordinator's log has the details", ((REASON_KEY, "internal"),)

@@ -52,7 +52,7 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
         records = [r for r in state.history if r.number > request.after_round]
         if not records:
             return pb.ListRoundsResponse()
-        rounds = rounds_of(state, self._service.known_manifest, records[:size])
+        rounds = rounds_of(state, self._service.foundation.known_manifest, records[:size])
         return pb.ListRoundsResponse(rounds=rounds, more=len(records) > size)
 
     async def ListClients(self, request: pb.ListClientsRequest, context: _Context) -> pb.ListClientsResponse:
@@ -75,7 +75,7 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
             yield pb.FetchAdapterResponse(data=data)
 
     def _header(self, reference: BlobReference, rank: int) -> pb.AdapterHeader:
-        manifest = self._service.known_manifest
+        manifest = self._service.foundation.known_manifest
         return pb.AdapterHeader(
             digest=reference.digest,
             size_bytes=reference.size_bytes,

@@ -40,7 +40,7 @@ def status_of(service: CoordinatorService) -> pb.FederationStatus:
         base_model=config.model.base_model,
         task=config.model.task,
         bytes_sent=service.counters.bytes_sent,
-        bytes_received=service.counters.bytes_received,
+        bytes_received=service.intake.bytes_received,
         uptime_seconds=engine.uptime_seconds,
         clients_connected=len(state.active_clients),
         clients_known=len(state.clients),
@@ -51,8 +51,8 @@ def status_of(service: CoordinatorService) -> pb.FederationStatus:
         status.quorum = state.known_rules.quorum_of(len(opened.assignments)) if opened.kind is Kind.TRAIN else 0
         status.deadline_seconds = max(0.0, opened.deadline_at - engine.now)
         status.assignments.extend(_assignment(service, a) for a in opened.assignments)
-    if service.manifest is not None and state.history:
-        status.last_round.CopyFrom(rounds_of(state, service.manifest, state.history[-1:])[0])
+    if service.foundation.manifest is not None and state.history:
+        status.last_round.CopyFrom(rounds_of(state, service.foundation.manifest, state.history[-1:])[0])
     return status
 
 
@@ -86,7 +86,7 @@ def rounds_of(state: State, manifest: Manifest, records: Sequence[RoundRecord]) 
 
 def client_summary(service: CoordinatorService, client: Client) -> pb.ClientSummary:
     """One client."""
-    manifest = service.manifest
+    manifest = service.foundation.manifest
     return pb.ClientSummary(
         client_id=client.client_id,
         max_rank=client.profile.max_rank,

@@ -1,12 +1,22 @@
 """The services as strangers meet them: reflection, health, status, admin verbs, and starts that must fail."""
 
 import asyncio
+import json
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
-from coordinators import CoordinatorProcess, clients_of, config_of, observing, serving, settings_of
+from coordinators import (
+    BASE_MODEL,
+    SPEC,
+    CoordinatorProcess,
+    clients_of,
+    config_of,
+    observing,
+    serving,
+    settings_of,
+)
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message_factory import GetMessageClass
@@ -15,8 +25,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from raflora.v1 import admin_pb2, status_pb2
 
 from common.codec import digest_of
-from common.errors import ConfigError, StateInUse, Unavailable
-from coordinator.server import SERVICES
+from common.errors import BaseModelMismatch, ConfigError, StateInUse, Unavailable
+from coordinator.server import SERVICES, run_coordinator
 from worker.messages import Progress, TaskKind
 
 RANKS = {"ada": 2, "bob": 4, "cem": 8}
@@ -247,6 +257,31 @@ async def test_a_founded_federation_cannot_be_given_other_settings(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"rounds\.num_rounds: 9, but federation 'digits' was founded with 2"):
         async with serving(config_of(tmp_path, rounds__num_rounds=9)):
             pass
+
+
+def spec_file(folder: Path) -> str:
+    file = folder / "spec.json"
+    modules = [{"name": m.name, "out_features": m.out_features, "in_features": m.in_features} for m in SPEC.modules]
+    tensors = [{"name": t.name, "shape": list(t.shape)} for t in SPEC.tensors]
+    file.write_text(json.dumps({"base_model_digest": BASE_MODEL, "modules": modules, "tensors": tensors}))
+    return str(file)
+
+
+async def test_a_spec_file_founds_the_federation_before_anybody_joins(tmp_path: Path) -> None:
+    config = config_of(tmp_path, adapter__spec=spec_file(tmp_path), rounds__min_clients=1)
+    async with serving(config) as address, observing(address) as observer:
+        async for answer in observer.status.WatchStatus(status_pb2.WatchStatusRequest(), timeout=60):
+            if answer.status.phase == status_pb2.PHASE_WAITING_FOR_CLIENTS:
+                break
+        async with clients_of(address, {"ada": 2}) as (ada,):
+            assert (await ada.fetch_task()).manifest_digest == answer.status.manifest_digest
+
+
+async def test_a_spec_file_of_another_base_model_ends_the_start(tmp_path: Path) -> None:
+    other = digest_of(b"another base model")
+    config = config_of(tmp_path, adapter__spec=spec_file(tmp_path), model__base_model_digest=other)
+    with pytest.raises(BaseModelMismatch, match=f"adapter.spec: base model {BASE_MODEL[:12]}, but .*{other[:12]}"):
+        await run_coordinator(config)
 
 
 @pytest.mark.parametrize(

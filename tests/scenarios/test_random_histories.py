@@ -50,6 +50,20 @@ from coordinator.stores.journal import Entry
 
 CLIENTS = st.sampled_from(["ada", "bob", "cem", "dan", "eve"])
 SMALL = st.integers(0, 3)
+# How a request differs from a good one; the simplest first.
+TWISTS = st.sampled_from(
+    (
+        "",
+        "older lease",
+        "newer lease",
+        "no lease",
+        "older round",
+        "newer round",
+        "far round",
+        "other attempt",
+        "other slice",
+    )
+)
 RULE_SETS = st.builds(
     replace,
     st.just(RULES),
@@ -78,7 +92,7 @@ class Histories(RuleBasedStateMachine):
     # ------------------------------------------------------------ one request
 
     def ask(self, request: Request) -> None:
-        before = snapshot_of(self.state)
+        before, held = snapshot_of(self.state), self.lease_of(getattr(request, "client_id", ""))
         try:
             transition = step(self.state, request, self.now)
         except RafloraError:
@@ -94,6 +108,7 @@ class Histories(RuleBasedStateMachine):
         assert all(command in pending(self.state) for command in transition.commands)
         if isinstance(request, SubmitUpdate) and transition.outcome is Outcome.ACCEPTED:
             assert transition.events[0] == UpdateAccepted(request.client_id, request.update)
+            assert request.lease_token == held, "a dead lease was honoured"
 
     def follow(self, events: Iterable[Event]) -> None:
         """What the model makes of the events: an update counts until its round is given up or its client evicted."""
@@ -133,17 +148,17 @@ class Histories(RuleBasedStateMachine):
     def join(self, client_id: str, max_rank: int, key: str) -> None:
         self.ask(Join(client_id, client_id if key in ("", client_id) else key, Profile(max_rank, 10)))
 
-    @rule(client_id=CLIENTS, data=st.data())
-    def claim(self, client_id: str, data) -> None:
-        number, attempt = self.a_round(data)
+    @rule(client_id=CLIENTS, twist=TWISTS)
+    def claim(self, client_id: str, twist: str) -> None:
+        number, attempt = self.a_round(twist)
         self.ask(Claim(client_id, number, attempt, self.slice_of(client_id)))
 
-    @rule(client_id=CLIENTS, digest=st.sampled_from(["one", "two"]), data=st.data())
-    def submit_update(self, client_id: str, digest: str, data) -> None:
-        number, attempt = self.a_round(data)
+    @rule(client_id=CLIENTS, digest=st.sampled_from(["one", "two"]), twist=TWISTS)
+    def submit_update(self, client_id: str, digest: str, twist: str) -> None:
+        number, attempt = self.a_round(twist)
         update = Update(f"{digest} of {client_id}", 100, 10, {"train_loss": 0.1 + 0.2}, 1e-9)
-        token = self.a_token(client_id, data)
-        slice_digest = data.draw(st.sampled_from([self.slice_of(client_id), "yesterday's"]))
+        slice_digest = "yesterday's" if twist == "other slice" else self.slice_of(client_id)
+        token = self.a_token(client_id, twist)
         self.ask(SubmitUpdate(client_id, token, number, attempt, slice_digest, update))
 
     @rule(client_id=CLIENTS)
@@ -160,15 +175,15 @@ class Histories(RuleBasedStateMachine):
             self.ask(SubmitUpdate(*who, update))
             self.ask(SubmitEvaluation(*who, Evaluation(10, {"accuracy": 1 / 3})))
 
-    @rule(client_id=CLIENTS, data=st.data())
-    def submit_evaluation(self, client_id: str, data) -> None:
-        number, attempt = self.a_round(data)
-        token = self.a_token(client_id, data)
+    @rule(client_id=CLIENTS, twist=TWISTS)
+    def submit_evaluation(self, client_id: str, twist: str) -> None:
+        number, attempt = self.a_round(twist)
+        token = self.a_token(client_id, twist)
         self.ask(SubmitEvaluation(client_id, token, number, attempt, self.slice_of(client_id), Evaluation(10)))
 
-    @rule(client_id=CLIENTS, data=st.data())
-    def fail(self, client_id: str, data) -> None:
-        self.ask(Fail(client_id, self.a_token(client_id, data), "out_of_memory"))
+    @rule(client_id=CLIENTS, twist=TWISTS)
+    def fail(self, client_id: str, twist: str) -> None:
+        self.ask(Fail(client_id, self.a_token(client_id, twist), "out_of_memory"))
 
     @rule(client_id=CLIENTS, is_lost=st.booleans())
     def note_silence(self, client_id: str, is_lost: bool) -> None:
@@ -194,9 +209,9 @@ class Histories(RuleBasedStateMachine):
     def close_or_abort(self, number: int, kind: type[CloseRound] | type[AbortRound]) -> None:
         self.ask(kind(number))
 
-    @rule(data=st.data())
-    def publish(self, data) -> None:
-        number, attempt = self.a_round(data)
+    @rule(twist=TWISTS)
+    def publish(self, twist: str) -> None:
+        number, attempt = self.a_round(twist)
         self.ask(Publish(number, attempt, f"adapter-{number}", REPORT))
 
     @rule(data=st.data())
@@ -274,15 +289,19 @@ class Histories(RuleBasedStateMachine):
             state = evolve(state, event_of(entry))
         return state
 
-    def a_round(self, data) -> tuple[int, int]:
+    def a_round(self, twist: str) -> tuple[int, int]:
         opened = self.state.open
-        now = (opened.number, opened.attempt) if opened else (self.state.round, 1)
-        return data.draw(st.sampled_from([now, now, (now[0] - 1, 1), (now[0] + 1, now[1]), (now[0], now[1] + 1)]))
+        number, attempt = (opened.number, opened.attempt) if opened else (self.state.round, 1)
+        numbers = {"older round": number - 1, "newer round": number + 1, "far round": number + 2}
+        return numbers.get(twist, number), attempt + 1 if twist == "other attempt" else attempt
 
-    def a_token(self, client_id: str, data) -> int:
+    def a_token(self, client_id: str, twist: str) -> int:
+        held = self.lease_of(client_id)
+        return {"no lease": 0, "older lease": max(0, held - 1), "newer lease": held + 1}.get(twist, held)
+
+    def lease_of(self, client_id: str) -> int:
         part = self.state.open.assignment_of(client_id) if self.state.open else None
-        held = part.lease_token if part else 0
-        return data.draw(st.sampled_from([held, held, held - 1, held + 1, 0]))
+        return part.lease_token if part else 0
 
     def slice_of(self, client_id: str) -> str:
         return f"slice of {self.state.adapter_digest} for {client_id}"
@@ -296,8 +315,8 @@ def _is_brought_by_time(event: Event) -> bool:
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(
-    max_examples=100,
-    stateful_step_count=40,
+    max_examples=150,
+    stateful_step_count=50,
     deadline=None,
     derandomize=True,  # the same histories everywhere; a longer search is a command away: --hypothesis-seed=random
     suppress_health_check=[HealthCheck.too_slow],
