@@ -11,6 +11,7 @@ from cli.errors import Failed
 from common.adapter import AdapterSpec
 from common.errors import RafloraError
 from worker.config import ModelConfig
+from worker.quiet import silence_libraries
 from worker.trainer_protocol import ModelOrder
 
 _SEED = 0  # shapes do not depend on it
@@ -36,6 +37,8 @@ def spec(
     if find_spec("torch") is None or find_spec("peft") is None:
         raise Failed('`raflora spec` needs torch and peft; install them with: pip install "raflora[worker]"')
     from worker.model import describe_model  # noqa: PLC0415 - torch takes seconds and may not be installed
+
+    silence_libraries()
 
     order = ModelOrder(
         task=task,

@@ -24,6 +24,26 @@ async def narrate(service: CoordinatorService) -> None:
 
 
 def _tell(service: CoordinatorService, before: State, state: State) -> None:
+    _tell_of_clients(before, state)
+    _tell_of_rounds(service, before, state)
+    if state.is_paused and not before.is_paused:
+        log.warning("paused", why=service.explanation())
+    if state.phase is Phase.FINISHED and before.phase is not Phase.FINISHED:
+        log.info("finished", rounds=state.round, adapter=state.adapter_digest[:12])
+
+
+def _tell_of_clients(before: State, state: State) -> None:
+    for client_id, client in state.clients.items():
+        known = before.clients.get(client_id)
+        if known is None:
+            log.info("client joined", client=client_id, rank=client.rank, examples=client.profile.num_examples)
+        elif client.membership is not known.membership:
+            log.info(f"client {client.membership.value}", client=client_id, rank=client.rank)
+        elif client.rank != known.rank:
+            log.info("client has another rank", client=client_id, rank=client.rank, before=known.rank)
+
+
+def _tell_of_rounds(service: CoordinatorService, before: State, state: State) -> None:
     opened, was_open = state.open, before.open
     if opened is not None and (was_open is None or opened.opened_at != was_open.opened_at):
         if opened.kind is Kind.TRAIN and opened.number == 1 and opened.attempt == 1:
@@ -39,7 +59,8 @@ def _tell(service: CoordinatorService, before: State, state: State) -> None:
         report, _ = report_from_json(record.report_json)
         shares = {f"{p.low + 1}-{p.high}": round(p.energy_share, 4) for p in report.partitions}
         log.info("round published", round=record.number, updates=len(record.contributions), energy=shares)
-    if state.is_paused and not before.is_paused:
-        log.warning("paused", why=service.explanation())
-    if state.phase is Phase.FINISHED and before.phase is not Phase.FINISHED:
-        log.info("finished", rounds=state.round, adapter=state.adapter_digest[:12])
+    evaluated = state.history[-1] if state.history else None
+    was = before.history[-1] if before.history else None
+    if evaluated is not None and evaluated.evaluations and (was is None or was.evaluated_at != evaluated.evaluated_at):
+        accuracy = {client_id: result.metrics.get("accuracy") for client_id, _, result in evaluated.evaluations}
+        log.info("round evaluated", round=evaluated.number, accuracy=accuracy)

@@ -126,16 +126,12 @@ class CoordinatorService:
         check_spec(self.foundation.known_manifest, spec, whose)
         transition = await self.engine.submit(request)
         self.engine.hear(client_id)
-        client = transition.state.clients[client_id]
-        if transition.outcome is Outcome.ACCEPTED:
-            log.info("client joined", client=client_id, rank=client.rank, examples=profile.num_examples)
-        return client
+        return transition.state.clients[client_id]
 
     async def leave(self, client_id: str, enrol_key: str) -> None:
         """The client says good-bye."""
         await self.known_member(client_id, enrol_key)
         await self.engine.submit(Leave(client_id))
-        log.info("client left", client=client_id)
 
     async def known_member(self, client_id: str, enrol_key: str) -> Client:
         """The client behind a call, noted as alive. Raises UnknownClient, Evicted or IdentityConflict."""

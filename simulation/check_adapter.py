@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoModelForImageClassification
-from transformers.utils import logging
 
 from simulation.digits import BASE_FOLDER
 from worker.config import DataConfig
 from worker.data import read_rows
+from worker.quiet import silence_libraries
 from worker.tasks import ImageClassification
 
 
@@ -55,8 +55,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("data", type=Path, help="a jsonl, csv or parquet file of images")
     parser.add_argument("--base", type=Path, default=BASE_FOLDER, help="the base model's folder")
     given = parser.parse_args(arguments)
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    silence_libraries()
     print(json.dumps(check_adapter(given.folder, given.data, given.base)))
 
 

@@ -40,7 +40,9 @@ ONLY_IN: Mapping[frozenset[str], tuple[str, ...]] = {
 
 # The trainer process loads torch and speaks no gRPC; every other file of worker/ is the agent's, the other way
 # round. A new file of worker/ is the agent's until it is named here.
-TRAINER_SIDE = frozenset(f"worker/{name}.py" for name in ("__init__", "trainer", "training", "model", "data", "tasks"))
+TRAINER_SIDE = frozenset(
+    f"worker/{name}.py" for name in ("__init__", "trainer", "training", "model", "data", "tasks", "quiet")
+)
 
 PURE = "coordinator/federation/*"
 PURE_MAY_USE = frozenset({"common.errors"})  # its refusals are the typed errors of the wire

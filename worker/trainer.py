@@ -8,7 +8,6 @@ ends at once when its input ends, whatever it is doing: an agent that is gone wa
 """
 
 import gc
-import logging
 import os
 import queue
 import signal
@@ -16,7 +15,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from common.adapter import Adapter
 from common.errors import ConfigError, InvalidRequest, RafloraError
 from common.logs import set_up_logs
 from worker.config import WorkerConfig
+from worker.quiet import silence_libraries
 from worker.trainer_protocol import (
     MAX_LINE_BYTES,
     Answer,
@@ -242,23 +241,15 @@ def _config_from(text: str) -> WorkerConfig:
 
 
 def _set_up_libraries(config: WorkerConfig) -> None:
-    """Threads as configured; no progress bars, no advice for notebooks; no network if the site says so."""
+    """Threads as configured; no chatter; no network if the site says so."""
     import huggingface_hub  # noqa: PLC0415
     import torch  # noqa: PLC0415
-    import transformers  # noqa: PLC0415
-    from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415
 
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.model.offline:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    disable_progress_bars()
-    logging.captureWarnings(True)
-    # Each has been read, and none is the site's business: advice for authors of training scripts.
-    for module in ("torch", "transformers", "peft", "accelerate"):
-        warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
+    silence_libraries()
 
 
 def _read_slice(request: Train | Evaluate, model: "AdaptedModel") -> Adapter:
