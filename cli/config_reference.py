@@ -7,8 +7,9 @@ import json
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -91,6 +92,10 @@ def _type_in_words(annotation: Any) -> str:
         return " or ".join(_type_in_words(option) for option in options)
     (only,) = options
     origin, inside = get_origin(only), get_args(only)
+    if origin is Annotated:
+        return _type_in_words(inside[0])
+    if isinstance(only, FieldInfo):
+        return _type_in_words(only.annotation)
     if origin is Literal:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in inside)
     if origin in (tuple, list, frozenset):
@@ -99,6 +104,10 @@ def _type_in_words(annotation: Any) -> str:
         return f"table of {_type_in_words(inside[1])}s"
     if hasattr(only, "__metadata__"):
         return _type_in_words(only.__origin__)
+    if isinstance(only, type) and issubclass(only, Enum):
+        return ", ".join(f"`{json.dumps(member.value)}`" for member in only)
+    if isinstance(only, type) and issubclass(only, Section):
+        return f"table ({', '.join(only.model_fields)})"
     return _WORDS_OF_TYPES.get(only, getattr(only, "__name__", str(only)))
 
 

@@ -13,6 +13,8 @@ from common.errors import (
     NothingPublished,
     RafloraError,
     StaleRound,
+    StateInUse,
+    StorageFailed,
     TooBusy,
     Unavailable,
     UnknownClient,
@@ -55,14 +57,19 @@ _ADVICE: Mapping[type[RafloraError], str] = {
 }
 
 
+_OF_THIS_SITE = ("data_error", "model_error")  # this worker's own settings name what cannot be used
+
+
 def exit_code_of(error: RafloraError) -> ExitCode:
     """The exit code that an error stands for."""
     match error:
-        case ConfigError():
+        case ConfigError() | StateInUse():
+            return ExitCode.USAGE
+        case _ if error.reason in _OF_THIS_SITE or getattr(error, "word", "") in _OF_THIS_SITE:
             return ExitCode.USAGE
         case Unavailable():
             return ExitCode.UNREACHABLE
-        case Failed() | CorruptTransfer() | CorruptStore():
+        case Failed() | CorruptTransfer() | CorruptStore() | StorageFailed():
             return ExitCode.FAILED
         case _ if error.reason == RafloraError.reason:
             return ExitCode.FAILED

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,8 @@ from common.errors import AdapterMismatch, InvalidRequest, WrongRank
 
 Array = NDArray[np.float32]
 
-MAX_TENSORS = 16_384  # more than any transformer has; bounds what a peer can make us allocate
+MAX_TENSORS = 16_384  # more than any transformer has
+MAX_NUMBERS = 1 << 30  # of one adapter; bounds what a peer's spec can make us allocate
 MAX_DIMENSION = 1 << 24
 MAX_AXES = 8
 MAX_NAME_CHARS = 512
@@ -63,6 +65,14 @@ class AdapterSpec:
                 raise InvalidRequest(f"adapter spec: {name[:MAX_NAME_CHARS]!r} cannot be a name")
             if len(shape) > MAX_AXES or any(not 0 < size <= MAX_DIMENSION for size in shape):
                 raise InvalidRequest(f"adapter spec: {name} has the impossible shape {shape[:MAX_AXES]}")
+        self.check_size(1)
+
+    def check_size(self, rank: int) -> None:
+        """Raises InvalidRequest if an adapter of this rank would hold more than MAX_NUMBERS numbers."""
+        factors = sum(module.out_features + module.in_features for module in self.modules)
+        numbers = rank * factors + sum(prod(tensor.shape) for tensor in self.tensors)
+        if numbers > MAX_NUMBERS:
+            raise InvalidRequest(f"adapter spec: {numbers} numbers at rank {rank}; at most {MAX_NUMBERS} are allowed")
 
     def _shapes(self) -> Iterable[tuple[str, tuple[int, ...]]]:
         yield from ((m.name, (m.out_features, m.in_features)) for m in self.modules)
@@ -72,11 +82,6 @@ class AdapterSpec:
     def largest_rank(self) -> int:
         """The largest rank that every module can hold: the smallest of all sides."""
         return min(min(m.out_features, m.in_features) for m in self.modules)
-
-    @cached_property
-    def by_name(self) -> Mapping[str, ModuleShape]:
-        """The modules by name."""
-        return {module.name: module for module in self.modules}
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,8 @@ def initial_adapter(spec: AdapterSpec, rank: int, seed: int) -> Adapter:
 
     Tensors outside LoRA of two or more dimensions are drawn from N(0, 0.02^2), vectors are zero: the usual
     initial values of a classification head, made here once so that all clients start alike.
+
+    Raises WrongRank if a module is too narrow, InvalidRequest if the whole is too large.
     """
     if not 0 < rank <= spec.largest_rank:
         narrow = min(spec.modules, key=lambda m: min(m.out_features, m.in_features))
@@ -161,6 +168,7 @@ def initial_adapter(spec: AdapterSpec, rank: int, seed: int) -> Adapter:
             f"global rank {rank}: module {narrow.name} is {narrow.out_features} x {narrow.in_features}, "
             f"so at most rank {spec.largest_rank} fits; lower the rank or leave the module out"
         )
+    spec.check_size(rank)
     modules = {}
     for module in spec.modules:
         gaussian = _generator(seed, module.name).standard_normal((module.in_features, rank))

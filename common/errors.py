@@ -26,6 +26,7 @@
       NothingPublished            nothing_published      there is no adapter yet
       Unavailable                 unavailable            the other side cannot be reached
       CorruptStore                corrupt_store          a journal or blob is not what it was when written
+      StorageFailed               storage_failed         the disk did not keep what it was given
       JournalConflict             journal_conflict       another coordinator wrote to the same journal
       StateInUse                  state_in_use           another coordinator holds the same state folder
 
@@ -215,6 +216,12 @@ class CorruptStore(RafloraError):
 
     code = "DATA_LOSS"
     reason = "corrupt_store"
+
+
+class StorageFailed(RafloraError):
+    """The disk failed to keep bytes, so what it holds is unknown: the process must end, and nothing be tried again."""
+
+    reason = "storage_failed"
 
 
 class JournalConflict(RafloraError):

@@ -3,11 +3,12 @@
 Read once at start into frozen pydantic models. The only place that looks at environment variables.
 """
 
+import difflib
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -51,7 +52,9 @@ def load_settings(
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path) if path else "settings", sources)) from None
+        if path is None and not sources:
+            raise ConfigError("no settings: give --config FILE; `raflora config` lists the keys") from None
+        raise ConfigError(_explain(error, str(path) if path else "settings", sources, model)) from None
 
 
 def coordinator_address(environ: Mapping[str, str] | None = None) -> str:
@@ -94,14 +97,33 @@ def _value_of(text: str) -> Any:
         return text
 
 
-def _explain(error: ValidationError, where: str, sources: Mapping[str, str]) -> str:
+def _explain(error: ValidationError, where: str, sources: Mapping[str, str], model: type[BaseModel]) -> str:
     lines = []
     for problem in error.errors(include_url=False):
         keys = [str(part) for part in problem["loc"]]
-        key = ".".join(keys) or "(whole file)"
-        found = "" if problem["type"] in {"missing", "extra_forbidden"} else f", found {problem['input']!r:.80}"
-        lines.append(f"{_source_of(keys, sources) or where}: {key}: {problem['msg']}{found}")
+        said = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            said = f"there is no such key; {_known_keys(model, keys)}"
+        elif problem["type"] == "missing":
+            said = "is required and not given"
+        # What concerns several keys names them itself; the section that holds them would say no more.
+        is_plain = isinstance(problem["input"], str | int | float | bool | list | tuple)
+        shows = is_plain and problem["type"] not in {"missing", "extra_forbidden"}
+        found = f", found {problem['input']!r:.80}" if shows else ""
+        lines.append(": ".join([_source_of(keys, sources) or where, *filter(None, [".".join(keys)]), said + found]))
     return "\n".join(lines)
+
+
+def _known_keys(model: type[BaseModel], keys: list[str]) -> str:
+    """What stands in the section of an unknown key, the likeliest first."""
+    section: Any = model
+    for key in keys[:-1]:
+        field = getattr(section, "model_fields", {}).get(key)
+        options = [field.annotation, *get_args(field.annotation)] if field is not None else []
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    known = sorted(getattr(section, "model_fields", {}))
+    close = difflib.get_close_matches(keys[-1], known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known) or 'none'}"
 
 
 def _source_of(keys: list[str], sources: Mapping[str, str]) -> str:

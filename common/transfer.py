@@ -2,21 +2,34 @@
 
 Both directions use it: the coordinator for uploads, the worker for downloads. Nothing here knows gRPC.
 The order is the promise: write, fsync, check the digest, rename, fsync the folder; only then is it complete.
+A full disk is TooBusy and the bytes may be sent again; any other failure of the disk is StorageFailed, and the end.
 """
 
+import errno
 import hashlib
 import os
 import re
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import CorruptTransfer, InvalidRequest, UnknownBlob, WrongOffset, WrongSize
+from common.errors import (
+    CorruptTransfer,
+    InvalidRequest,
+    StorageFailed,
+    TooBusy,
+    UnknownBlob,
+    WrongOffset,
+    WrongSize,
+)
 
 CHUNK_BYTES = 1 << 20  # well under gRPC's 4 MiB default, so no side must raise it
 SYNC_BYTES = 16 << 20  # at most this much is sent again after a crash
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_BROKEN = frozenset({errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE})
 
 
 def check_digest(digest: str, whose: str) -> str:
@@ -61,12 +74,13 @@ class PartFile:
         self._path = path
         self._expected = expected
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        self._written = self._synced = self._file.seek(0, os.SEEK_END)
+        # Unbuffered: bytes that a full disk refused must not be written again by a later flush.
+        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        self._written, self._synced = self._file.seek(0, os.SEEK_END), 0
         if self._written > expected.size_bytes:
             self._restart()
         elif self._written:
-            self.sync()  # the attempt before may have ended between a write and its fsync
+            self._sync_what_was_found()
 
     @property
     def committed_bytes(self) -> int:
@@ -74,7 +88,7 @@ class PartFile:
         return self._synced
 
     def append(self, offset: int, data: bytes) -> None:
-        """Writes the next chunk. Raises WrongOffset or WrongSize, and writes nothing then."""
+        """Writes the next chunk. Raises WrongOffset, WrongSize or TooBusy, and keeps nothing of it then."""
         if offset != self._written:
             self.sync()  # so that the offset in the answer is the one that is taken next
             raise WrongOffset(
@@ -85,15 +99,19 @@ class PartFile:
             raise WrongSize(
                 f"{self._expected.whose}: more bytes than the {self._expected.size_bytes} that were announced"
             )
-        self._file.write(data)
+        with self._undone(self._written):
+            left = memoryview(data)
+            while left:
+                left = left[self._file.write(left) :]
         self._written += len(data)
         if self._written - self._synced >= SYNC_BYTES:
             self.sync()
 
     def sync(self) -> None:
         """Makes everything written so far durable. A failed fsync is never retried: the error goes up."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        # The kernel may count pages as clean that it could not write: what the fsync was for is thrown away.
+        with self._undone(self._synced):
+            sync(self._file.fileno(), self._path)
         self._synced = self._written
 
     @property
@@ -117,17 +135,37 @@ class PartFile:
                 f"expected {self._expected.size_bytes} with {self._expected.digest[:12]}; send them again"
             )
         self._file.close()
-        os.replace(self._path, target)
-        sync_folder(target.parent)
+        rename_durably(self._path, target)
 
     def close(self) -> None:
         """Ends this attempt; what was synced stays."""
         self._file.close()
 
+    def _sync_what_was_found(self) -> None:
+        # The attempt before may have ended between a write and its fsync.
+        try:
+            self.sync()
+        except BaseException:
+            self._file.close()
+            raise
+
+    @contextmanager
+    def _undone(self, size_bytes: int) -> Iterator[None]:
+        """If the disk is full the file has this size again, and everything in it was durable or may still be."""
+        try:
+            with named_failures(self._path):
+                yield
+        except TooBusy:
+            self._cut(size_bytes)
+            raise
+
+    def _cut(self, size_bytes: int) -> None:
+        self._file.truncate(size_bytes)
+        self._file.seek(size_bytes)
+        self._written, self._synced = size_bytes, min(self._synced, size_bytes)
+
     def _restart(self) -> None:
-        self._file.truncate(0)
-        self._file.seek(0)
-        self._written = self._synced = 0
+        self._cut(0)
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -135,18 +173,59 @@ def write_durably(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two threads or processes may write the same content-addressed file at once.
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    sync_folder(path.parent)
+    try:
+        with named_failures(path), part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            sync(file.fileno(), path)
+        rename_durably(part, path)
+    except TooBusy:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Gives a durable file its name. Raises StorageFailed, TooBusy."""
+    with named_failures(target):
+        os.replace(source, target)
+    sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames and deletions inside a folder durable."""
+    """Makes renames and deletions inside a folder durable. Raises StorageFailed, TooBusy."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor, folder)
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int, path: Path) -> None:
+    """Makes the bytes of an open file, or the names in an open folder, durable. Raises StorageFailed, TooBusy."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise _named(error, path) from error
+
+
+@contextmanager
+def named_failures(path: Path) -> Iterator[None]:
+    """Gives a disk that is full, broken or gone its name: TooBusy or StorageFailed; other errors stay what they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL | _BROKEN:
+            raise _named(error, path) from error
+        raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the error says that there is no room left on the disk, or none for this user."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def _named(error: OSError, path: Path) -> TooBusy | StorageFailed:
+    if is_disk_full(error):
+        return TooBusy(f"{path.name[:12]}: the disk is full; try again later")
+    return StorageFailed(f"{path}: the disk did not keep what it was given: {error.strerror or error}")

@@ -93,6 +93,8 @@ class RoundsConfig(Section):
     """Of one client in one round, then the round goes on without it."""
     max_attempts: int = Field(default=3, ge=1)
     """Of one round, then the federation pauses and says why."""
+    max_clients: int = Field(default=10_000, ge=1, le=1_000_000)
+    """That may ever join; more are refused."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Everything random derives from it."""
 
@@ -122,6 +124,10 @@ class RanksConfig(Section):
             raise ValueError("policy 'table' needs at least one [[ranks.table]] entry")
         if self.policy is RankPolicy.CYCLE and not self.levels:
             raise ValueError("policy 'cycle' needs levels, for example [2, 4, 8]")
+        if self.table and self.policy is not RankPolicy.TABLE:
+            raise ValueError(f"a table is for policy 'table', but the policy is '{self.policy.value}'")
+        if self.levels and self.policy is not RankPolicy.CYCLE:
+            raise ValueError(f"levels are for policy 'cycle', but the policy is '{self.policy.value}'")
         return self
 
 

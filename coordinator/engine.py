@@ -1,16 +1,20 @@
 """The engine: the one task that owns the federation's state.
 
-Requests come through a bounded queue. For each batch: step, append the events to the journal, adopt the state, carry
-out the commands, and only then answer. There is no lock, because there is no second owner.
+Requests come through a bounded queue. For each batch: step, append the events to the journal, adopt the state, start
+the commands, and only then answer. There is no lock, because there is no second owner.
 """
 
 import asyncio
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from typing import ParamSpec
 
 import structlog
 
-from common.errors import JournalConflict, RafloraError, Unavailable
+from common.errors import JournalConflict, RafloraError, StorageFailed, TooBusy, Unavailable
 from coordinator.clock import FederationClock
 from coordinator.federation.due import next_deadline
 from coordinator.federation.events import ClientJoined, Event, evolve
@@ -24,6 +28,8 @@ MAX_QUEUE = 1024
 MAX_BATCH = 64  # requests that share one commit
 SNAPSHOT_EVERY = 500  # events; bounds the replay at start
 _LONGEST_NAP_SECONDS = 5.0
+
+P = ParamSpec("P")
 
 log = structlog.get_logger()
 
@@ -57,6 +63,9 @@ class Engine:
         self.version = 0  # of the state, for those who wait for a change
         self._heard_at: dict[str, float] = {}
         self._has_ended = False
+        self._failure: StorageFailed | None = None
+        # One thread of its own: a commit, for which everybody waits, must not queue behind slow work.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self.is_stopping = False
 
     @property
@@ -105,6 +114,12 @@ class Engine:
         """Since the client was last heard by this process."""
         return self.now - self._heard_at.get(client_id, self.now)
 
+    def end_with(self, failure: StorageFailed) -> None:
+        """Makes `run` raise this: whoever finds that the disk broke its promise ends the coordinator."""
+        self._failure = self._failure or failure
+        with suppress(asyncio.QueueFull):  # a full queue needs nobody to wake it
+            self._queue.put_nowait(_Waiting(Tick()))
+
     async def run(self) -> None:
         """Until it is cancelled. Any error here is fatal: the state may only be what the journal says."""
         for client in self.state.active_clients:
@@ -113,12 +128,14 @@ class Engine:
             self._carry_out(command)
         batch = [_Waiting(Tick())]
         try:
-            while True:
+            while self._failure is None:
                 await self._take(batch)
                 batch = await self._next_batch()
+            raise self._failure
         finally:
             self._has_ended = True
             self._refuse_everybody(batch)
+            await asyncio.to_thread(self._writer.shutdown)  # a commit that has begun ends first
 
     async def _next_batch(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
@@ -153,7 +170,7 @@ class Engine:
                 yield NoteSilence(client.client_id, is_lost=False)
 
     async def _take(self, batch: list[_Waiting]) -> None:
-        """Steps through a batch, commits it as one transaction and answers."""
+        """Steps through a batch, commits it as one transaction, starts what it commands and answers."""
         before = state = self.state
         events: list[Event] = []
         answers: list[tuple[_Waiting, Transition]] = []
@@ -168,34 +185,49 @@ class Engine:
             events += transition.events
             answers.append((waiting, transition))
         if events:
-            await self._commit(events, state, now)
-        for waiting, transition in answers:
-            if not waiting.answer.done():
-                waiting.answer.set_result(transition)
+            try:
+                await self._commit(events, state, now)
+            except TooBusy as error:  # the disk is full: nothing was recorded, so nothing has happened
+                for waiting, _ in answers:
+                    _refuse(waiting, error)
+                return
         for command in pending(state):
             if command not in pending(before):
                 self._carry_out(command)
+        for waiting, transition in answers:
+            if not waiting.answer.done():
+                waiting.answer.set_result(transition)
 
     async def _commit(self, events: list[Event], state: State, now: float) -> None:
         entries = [entry_of(event, self._sequence + 1 + i, now) for i, event in enumerate(events)]
         try:
-            await asyncio.to_thread(self._journal.append, self._federation, entries)
+            await self._write(self._journal.append, self._federation, entries)
         except JournalConflict:
             log.error("another coordinator writes to this journal; ending")
             raise
         self._sequence += len(entries)
         self.state = state
-        for event in events:
-            log.debug("event", kind=type(event).__name__, sequence=self._sequence)
+        for entry, event in zip(entries, events, strict=True):
+            log.debug("event", kind=entry.kind, sequence=entry.sequence)
             if isinstance(event, ClientJoined):
                 self.hear(event.client.client_id)  # or what it was silent before would count at once
         if self._sequence - self._snapshot_at >= SNAPSHOT_EVERY:
-            body = snapshot_of(state)
-            await asyncio.to_thread(self._journal.save_snapshot, self._federation, self._sequence, body)
-            self._snapshot_at = self._sequence
+            await self._save_snapshot()
         async with self._changed:
             self.version += 1
             self._changed.notify_all()
+
+    async def _save_snapshot(self) -> None:
+        try:
+            body = snapshot_of(self.state)
+            await self._write(self._journal.save_snapshot, self._federation, self._sequence, body)
+        except TooBusy as error:  # the events are recorded; only a restart has more to read
+            log.warning("no snapshot", why=str(error))
+            return
+        self._snapshot_at = self._sequence
+
+    async def _write(self, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._writer, partial(work, *args, **kwargs))
 
     def _refuse_everybody(self, batch: list[_Waiting]) -> None:
         while not self._queue.empty():

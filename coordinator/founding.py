@@ -1,15 +1,16 @@
-"""How a federation comes to be, and what everything else stands on: settings, engine, blobs, manifest, slices."""
+"""How a federation comes to be, and what everything else stands on: settings, engine, disk, manifest, slices."""
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 import structlog
 
 from common.adapter import AdapterSpec, initial_adapter
 from common.codec import encode
-from common.errors import BaseModelMismatch, ConfigError, NothingPublished, SpecMismatch, WrongRank
+from common.errors import BaseModelMismatch, ConfigError, NothingPublished, SpecMismatch, StorageFailed, WrongRank
 from coordinator.aggregation.method import MethodOptions, make_method
 from coordinator.config import CoordinatorConfig
 from coordinator.engine import Engine
@@ -17,18 +18,23 @@ from coordinator.federation.requests import Found
 from coordinator.manifest import Manifest, check_unchanged, read_spec_file
 from coordinator.slices import Slices
 from coordinator.stores.blobs import BlobStore, FileBlobs
+from coordinator.stores.uploads import UploadSpool
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
 
 class Foundation:
-    """A federation's engine and blobs; its manifest and slices as soon as it is founded."""
+    """A federation's engine, blobs and uploads; its manifest and slices as soon as it is founded."""
 
     def __init__(self, config: CoordinatorConfig, engine: Engine, blobs: FileBlobs) -> None:
         """Raises ConfigError if the federation was founded with other settings, CorruptStore for a damaged manifest."""
         self.config = config
         self.engine = engine
         self.blobs = blobs
+        self.uploads = UploadSpool(config.state_dir / "uploads", blobs, config.server.max_uploads)
         self.manifest: Manifest | None = None
         self._slices: Slices | None = None
         self._founding = asyncio.Lock()
@@ -64,12 +70,28 @@ class Foundation:
                 return
             check_base_model(self.config.model.base_model_digest, base_model_digest, whose)
             manifest = Manifest.of(self.config, spec, base_model_digest)
-            request = await asyncio.to_thread(found, manifest, self.blobs)
+            request = await self.on_disk(found, manifest, self.blobs)
             transition = await self.engine.submit(request)
             # The journal's, not ours: a caller that hung up after its own was recorded may have come before.
-            path = await asyncio.to_thread(self.blobs.verify, transition.state.manifest_digest)
+            path = await self.on_disk(self.blobs.verify, transition.state.manifest_digest)
             self._adopt(Manifest.from_content(path.read_bytes()))
             log.info("federation founded", manifest=self.known_manifest.digest[:12], modules=len(spec.modules))
+
+    async def on_disk(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of blocking work, done in a thread.
+
+        A StorageFailed ends the coordinator, also when the caller has hung up and nobody hears of it any more.
+        """
+        loop = asyncio.get_running_loop()
+
+        def watched() -> T:
+            try:
+                return work(*args, **kwargs)
+            except StorageFailed as failure:
+                loop.call_soon_threadsafe(self.engine.end_with, failure)
+                raise
+
+        return await asyncio.to_thread(watched)
 
     @contextmanager
     def pinned(self, digest: str) -> Iterator[None]:
@@ -82,22 +104,37 @@ class Foundation:
             self._pins += Counter()  # drops what is at zero
 
     def sweep(self) -> None:
-        """Deletes the blobs that nothing refers to. Never waits, so no submission can come in between."""
+        """Deletes the blobs that nothing refers to. Never waits, so no submission can come in between.
+
+        Does nothing before the federation is founded: then no journal says what may be needed.
+        """
+        if self.manifest is None:
+            return
+        self.slices.keep_only(self.engine.state.adapter_digest)
+        for digest in self.blobs.digests() - self._needed():
+            self.blobs.delete(digest)
+
+    def _needed(self) -> set[str]:
         state, keep = self.engine.state, set(self._pins)
         keep |= {state.manifest_digest, state.adapter_digest}
         keep |= {r.adapter_digest for r in state.history[-self.config.store.keep_rounds :]}
         if state.open is not None:
-            keep |= {a.update.digest for a in state.open.updates if a.update is not None}
+            keep |= {c.update.digest for c in state.open.contributions}
             keep |= {a.slice_digest for a in state.open.assignments}
         if self._slices is not None:
-            self._slices.keep_only(state.adapter_digest)
             keep |= self._slices.digests()
-        for digest in self.blobs.digests() - keep:
+        return keep
+
+    def _granted_ranks(self) -> set[int]:
+        return {client.rank for client in self.engine.state.clients.values()}
+
+    def _drop(self, digest: str) -> None:
+        if digest not in self._needed():
             self.blobs.delete(digest)
 
     def _adopt(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._slices = Slices(self.blobs, manifest)
+        self._slices = Slices(self.blobs, manifest, self._granted_ranks, self._drop)
 
 
 def check_settings(config: CoordinatorConfig) -> None:

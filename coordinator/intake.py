@@ -8,21 +8,23 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import structlog
 
 from common.codec import check_file
-from common.errors import InvalidRequest, UnknownTask, WrongSize
+from common.errors import InvalidRequest, TooBusy, UnknownTask, WrongRank, WrongSize
 from common.transfer import check_digest
 from coordinator.federation.requests import Outcome, SubmitEvaluation, SubmitUpdate
-from coordinator.federation.state import Client, Kind
+from coordinator.federation.state import Assignment, Client, Kind
 from coordinator.founding import Foundation
 from coordinator.slices import BlobReference
-from coordinator.stores.uploads import Upload, UploadSpool
+from coordinator.stores.uploads import Upload
 
 MAX_METRICS = 64
 MAX_EXAMPLES = 1 << 32
-_CHUNK_WAIT_SECONDS = 60.0  # a sender that is silent for longer has gone; it resumes at its offset
+CHUNK_WAIT_SECONDS = 60.0  # a sender that is silent for longer has gone; it resumes at its offset
+STREAM_SECONDS = 600.0  # then it resumes too: who sends byte by byte must not hold a place that others need
 
 T = TypeVar("T")
 
@@ -33,16 +35,18 @@ class Intake:
     """Takes bytes in and commits them. `known_member` says who may, and notes that it is alive."""
 
     def __init__(self, foundation: Foundation, known_member: Callable[[str, str], Awaitable[Client]]) -> None:
-        config = foundation.config
         self.bytes_received = 0  # since this process started
         self._foundation = foundation
         self._engine = foundation.engine
         self._known_member = known_member
-        self._uploads = UploadSpool(config.state_dir / "uploads", foundation.blobs, config.server.max_uploads)
+        self._uploads = foundation.uploads
         self._unfinished: set[asyncio.Task[Any]] = set()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = (
+            WeakValueDictionary()
+        )  # by client; gone with the last user
 
     async def begin_upload(self, client_id: str, enrol_key: str, reference: BlobReference) -> int:
-        """How much of an upload is durable. Raises UnknownTask without a task, WrongSize unless it fits the rank."""
+        """How much of an upload is durable. Raises UnknownTask without a task, WrongRank or WrongSize if none fits."""
         await self._known_member(client_id, enrol_key)
         check_digest(reference.digest, f"client {client_id!r}")
         opened = self._engine.state.open
@@ -51,43 +55,60 @@ class Intake:
             raise UnknownTask(f"client {client_id!r} has no training task now, so there is nothing to upload")
         if assignment.update is not None and assignment.update.digest == reference.digest:
             return reference.size_bytes  # accepted before; the submission will say so
-        expected = self._foundation.known_manifest.layout(assignment.rank).size_bytes
-        if reference.size_bytes != expected:
-            raise WrongSize(
-                f"client {client_id!r}: an update of {reference.size_bytes} bytes was announced, but rank "
-                f"{assignment.rank} in {self._foundation.known_manifest.adapter.wire_dtype} is exactly {expected}"
-            )
-        return await asyncio.to_thread(self._uploads.begin, client_id, reference.digest, reference.size_bytes)
+        self._check_size(assignment, reference.size_bytes)
+        return await self._foundation.on_disk(self._uploads.begin, client_id, reference.digest, reference.size_bytes)
 
     async def receive(
         self, client_id: str, enrol_key: str, digest: str, offset: int, chunks: AsyncIterator[bytes]
     ) -> int:
-        """Takes a stream of chunks from an offset; what is durable at its end."""
+        """Takes a stream of chunks from an offset; what is durable at its end. Raises TooBusy if it takes too long."""
         await self._known_member(client_id, enrol_key)
-        upload: Upload = await self._to_the_end(asyncio.to_thread(self._uploads.open, client_id, digest), _close)
+        on_disk, whose = self._foundation.on_disk, f"client {client_id!r}"
+        upload: Upload = await self._to_the_end(on_disk(self._uploads.open, client_id, digest), _close)
+        ends_at = asyncio.get_running_loop().time() + STREAM_SECONDS
         try:
             while True:
-                async with asyncio.timeout(_CHUNK_WAIT_SECONDS):
-                    chunk = await anext(chunks, None)
+                chunk = await _next_of(chunks, ends_at, whose)
                 if chunk is None:
-                    return await asyncio.to_thread(upload.finish)
-                await asyncio.to_thread(upload.append, offset, chunk)
+                    return await on_disk(upload.finish)
+                if not chunk:
+                    raise InvalidRequest(f"{whose}: an empty chunk at byte {offset}")
+                await on_disk(upload.append, offset, chunk)
                 offset += len(chunk)
                 self.bytes_received += len(chunk)
                 self._engine.hear(client_id)  # a long upload is a sign of life
         finally:
-            await asyncio.to_thread(upload.close)
+            await on_disk(upload.close)
 
     async def committed_bytes(self, client_id: str, enrol_key: str, digest: str) -> int:
         """How much of an upload is durable."""
         await self._known_member(client_id, enrol_key)
-        return await asyncio.to_thread(self._uploads.committed_bytes, client_id, digest)
+        return await self._foundation.on_disk(self._uploads.committed_bytes, client_id, digest)
 
     async def submit_update(self, request: SubmitUpdate, enrol_key: str) -> Outcome:
         """Validates, makes durable, records, and only then answers. Bad bytes are forgotten and change nothing."""
         client_id, update = request.client_id, request.update
         await self._known_member(client_id, enrol_key)
         _check_numbers(client_id, update.num_examples, update.metrics, update.training_seconds)
+        # One at a time for each client: a repetition finds what became of the first, not its half-moved files.
+        turn = self._turns.setdefault(client_id, asyncio.Lock())
+        await turn.acquire()
+        return await self._to_the_end(self._submit_in_turn(request, turn))
+
+    async def submit_evaluation(self, request: SubmitEvaluation, enrol_key: str) -> Outcome:
+        """Records an evaluation."""
+        await self._known_member(request.client_id, enrol_key)
+        _check_numbers(request.client_id, request.evaluation.num_examples, request.evaluation.metrics)
+        return (await self._engine.submit(request)).outcome
+
+    async def _submit_in_turn(self, request: SubmitUpdate, turn: asyncio.Lock) -> Outcome:
+        try:
+            return await self._submit(request)
+        finally:
+            turn.release()
+
+    async def _submit(self, request: SubmitUpdate) -> Outcome:
+        client_id, update, on_disk = request.client_id, request.update, self._foundation.on_disk
         state = self._engine.state
         assignment = state.takeable_by(client_id)
         if (
@@ -100,31 +121,36 @@ class Intake:
             )
         ):
             return (await self._engine.submit(request)).outcome
-        path = await asyncio.to_thread(self._uploads.completed_path, client_id, update.digest)
+        path = await on_disk(self._uploads.completed_path, client_id, update.digest)
         layout = self._foundation.known_manifest.layout(assignment.rank)
         try:
-            await asyncio.to_thread(check_file, path, layout, f"client {client_id!r}, round {request.number}")
+            await on_disk(check_file, path, layout, f"client {client_id!r}, round {request.number}")
         except InvalidRequest:
-            await asyncio.to_thread(self._uploads.discard, client_id, update.digest)
+            await on_disk(self._uploads.discard, client_id, update.digest)
             raise
-        request = replace(request, update=replace(update, size_bytes=layout.size_bytes))
-        return await self._to_the_end(self._commit(request))
-
-    async def submit_evaluation(self, request: SubmitEvaluation, enrol_key: str) -> Outcome:
-        """Records an evaluation."""
-        await self._known_member(request.client_id, enrol_key)
-        _check_numbers(request.client_id, request.evaluation.num_examples, request.evaluation.metrics)
-        return (await self._engine.submit(request)).outcome
+        return await self._commit(replace(request, update=replace(update, size_bytes=layout.size_bytes)))
 
     async def _commit(self, request: SubmitUpdate) -> Outcome:
         client_id, digest = request.client_id, request.update.digest
         with self._foundation.pinned(digest):
-            await asyncio.to_thread(self._uploads.commit, client_id, digest)
+            await self._foundation.on_disk(self._uploads.commit, client_id, digest)
             outcome = (await self._engine.submit(request)).outcome
         if outcome is Outcome.ACCEPTED:
             log.info("update accepted", client=client_id, round=request.number, digest=digest[:12])
-            await asyncio.to_thread(self._uploads.discard, client_id, digest)
+            await self._foundation.on_disk(self._uploads.discard, client_id, digest)
         return outcome
+
+    def _check_size(self, assignment: Assignment, size_bytes: int) -> None:
+        manifest, rank = self._foundation.known_manifest, assignment.rank
+        expected = manifest.layout(rank).size_bytes
+        if size_bytes == expected:
+            return
+        announced = f"client {assignment.client_id!r}: an update of {size_bytes} bytes was announced"
+        needed = f"rank {rank} in {manifest.adapter.wire_dtype} is exactly {expected}"
+        for other in range(1, manifest.adapter.global_rank + 1):
+            if manifest.layout(other).size_bytes == size_bytes:
+                raise WrongRank(f"{announced}, which is rank {other}, but its task is of rank {rank}: {needed}")
+        raise WrongSize(f"{announced}, but {needed}")
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T], undo: Callable[[T], None] | None = None) -> T:
         """The work's result. If the caller hangs up, the work goes on to its end, and `undo` takes its result back."""
@@ -137,6 +163,21 @@ class Intake:
             if undo is not None:
                 task.add_done_callback(lambda done: _undo(done, undo))
             raise
+
+
+async def _next_of(chunks: AsyncIterator[bytes], ends_at: float, whose: str) -> bytes | None:
+    """The next chunk, or None after the last. Raises TooBusy if it does not come in time."""
+    now = asyncio.get_running_loop().time()
+    try:
+        if now >= ends_at:
+            raise TimeoutError
+        async with asyncio.timeout_at(min(now + CHUNK_WAIT_SECONDS, ends_at)):
+            return await anext(chunks, None)
+    except TimeoutError:
+        raise TooBusy(
+            f"{whose}: an upload that is silent for {CHUNK_WAIT_SECONDS:g} s or takes longer than "
+            f"{STREAM_SECONDS:g} s gives its place to others; begin it again, it goes on where it was"
+        ) from None
 
 
 def _undo(done: "asyncio.Task[T]", undo: Callable[[T], None]) -> None:

@@ -29,6 +29,18 @@ _NOT_PART = {  # changes no number
     "aggregation": {"processes"},
     "adapter": {"spec"},
     "model": {"base_model_digest"},  # the manifest has the true one
+    # When rounds open and close may change with a restart; what is trained may not.
+    "rounds": {
+        "min_clients",
+        "fraction",
+        "quorum",
+        "round_deadline_seconds",
+        "lease_ttl_seconds",
+        "evaluate_every",
+        "max_failures",
+        "max_attempts",
+        "max_clients",
+    },
 }
 
 
@@ -122,13 +134,11 @@ class Manifest:
         done = (round_number - 1) / last if last > 0 else 0.0
         match training.decay:
             case "constant":
-                left = 1.0
+                return training.learning_rate
             case "linear":
                 left = 1.0 - done
             case "cosine":
                 left = (1.0 + cos(pi * done)) / 2.0
-        if training.decay == "constant":
-            return training.learning_rate
         return training.learning_rate * (training.final_fraction + (1.0 - training.final_fraction) * left)
 
     def plan(self, round_number: int, client_id: str) -> RoundPlan:
@@ -139,7 +149,7 @@ class Manifest:
 
     @property
     def rules(self) -> Rules:
-        """The state machine's part."""
+        """The state machine's part; of a manifest read from the store, rounds has only what is frozen."""
         rounds, ranks = self.rounds, self.ranks
         return Rules(
             num_rounds=rounds.num_rounds,
@@ -153,6 +163,7 @@ class Manifest:
             evaluate_every=rounds.evaluate_every,
             max_failures=rounds.max_failures,
             max_attempts=rounds.max_attempts,
+            max_clients=rounds.max_clients,
             rank_policy=ranks.policy,
             rank_table=tuple((rule.client, rule.rank) for rule in ranks.table),
             rank_levels=ranks.levels,
@@ -173,7 +184,7 @@ def check_unchanged(manifest: Manifest, config: CoordinatorConfig) -> None:
             if found != value:
                 raise ConfigError(
                     f"{section}.{key}: {value!r}, but federation {manifest.federation!r} was founded with {found!r} "
-                    f"and cannot change; start a new one with another name or state_dir ({config.state_dir})"
+                    f"and cannot change; start a new one in another state_dir than {config.state_dir}"
                 )
 
 

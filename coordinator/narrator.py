@@ -12,11 +12,15 @@ log = structlog.get_logger()
 
 async def narrate(service: CoordinatorService) -> None:
     """Until the coordinator stops."""
-    engine, told = service.engine, State()
+    engine = service.engine
+    told = engine.state  # what is in the journal already was told when it happened
+    log.info("starting" if told == State() else "going on", why=service.explanation())
     version = -1
-    while not engine.is_stopping:
+    while True:
         version_now = await engine.wait_for_change(version, _REMIND_SECONDS)
         state = engine.state
+        if engine.is_stopping:
+            return
         if version_now == version and state.phase is not Phase.FINISHED:
             log.info("still waiting", why=service.explanation())
         _tell(service, told, state)
@@ -44,17 +48,6 @@ def _tell_of_clients(before: State, state: State) -> None:
 
 
 def _tell_of_rounds(service: CoordinatorService, before: State, state: State) -> None:
-    opened, was_open = state.open, before.open
-    if opened is not None and (was_open is None or opened.opened_at != was_open.opened_at):
-        if opened.kind is Kind.TRAIN and opened.number == 1 and opened.attempt == 1:
-            log.info("forecast", collapse=service.forecast().sentence)
-        log.info(
-            "round opened",
-            round=opened.number,
-            kind=opened.kind.value,
-            attempt=opened.attempt,
-            cohort={a.client_id: a.rank for a in opened.assignments},
-        )
     for record in state.history[len(before.history) :]:
         report, _ = report_from_json(record.report_json)
         shares = {f"{p.low + 1}-{p.high}": round(p.energy_share, 4) for p in report.partitions}
@@ -64,3 +57,16 @@ def _tell_of_rounds(service: CoordinatorService, before: State, state: State) ->
     if evaluated is not None and evaluated.evaluations and (was is None or was.evaluated_at != evaluated.evaluated_at):
         accuracy = {client_id: result.metrics.get("accuracy") for client_id, _, result in evaluated.evaluations}
         log.info("round evaluated", round=evaluated.number, accuracy=accuracy)
+    if state.last_abandoned and (state.last_abandoned, state.open) != (before.last_abandoned, before.open):
+        log.warning("round given up", round=state.round + 1, why=state.last_abandoned)
+    opened, was_open = state.open, before.open
+    if opened is None:
+        return
+    if was_open is None or opened.opened_at != was_open.opened_at:
+        if opened.kind is Kind.TRAIN and opened.number == 1 and opened.attempt == 1:
+            log.info("forecast", collapse=service.forecast().sentence)
+        cohort = {a.client_id: a.rank for a in opened.assignments}
+        kind = opened.kind.value
+        log.info("round opened", round=opened.number, kind=kind, attempt=opened.attempt, cohort=cohort)
+    elif opened.is_extended and not was_open.is_extended:
+        log.warning("round extended", round=opened.number, why=service.explanation())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import structlog
 
 from common.adapter import Adapter
-from common.errors import RafloraError
+from common.errors import RafloraError, StorageFailed
 from coordinator.federation.requests import AbortRound, Outcome, Publish
 from coordinator.federation.state import Membership
 from coordinator.federation.step import Aggregate
@@ -37,6 +37,8 @@ class Publisher:
         self._on_published = on_published
         self._pool = make_pool(foundation.config.aggregation.processes)
         self._merging = 0
+        self._exporting = asyncio.Lock()  # one folder is renewed by one writer
+        self._exported_round = 0  # by this process
 
     def close(self) -> None:
         """Ends the helper processes."""
@@ -48,27 +50,44 @@ class Publisher:
         self._merging += 1
         try:
             merged = await self._merge(command)
-            is_published = merged is not None and await self._publish(command, merged)
+            if merged is not None:
+                await self._publish(command, merged)
         finally:
             self._merging -= 1
         await self.sweep()
-        if is_published and merged is not None and self._on_published is not None:
-            await self._export(self._on_published, command.number, merged.adapter_digest)
 
     async def sweep(self) -> None:
-        """Deletes the blobs that nothing refers to."""
-        if self._foundation.manifest is not None:
-            await self._foundation.slices.settle()  # a slice that is being written has no name yet to keep it by
+        """Brings the disk in line with the journal, at start and after every round: what a crash left undone is done.
+
+        Deletes the blobs that nothing refers to and the uploads of clients that have gone, and exports the newest
+        adapter unless this process has done so.
+        """
+        foundation = self._foundation
+        if foundation.manifest is None:
+            return
+        await foundation.slices.settle()  # a slice that is being written has no name yet to keep it by
         if not self._merging:  # likewise what a merge writes; it sweeps when it is done
-            self._foundation.sweep()
+            foundation.sweep()
+        gone = (Membership.LEFT, Membership.EVICTED)
+        clients = foundation.engine.state.clients.values()
+        await foundation.on_disk(foundation.uploads.sweep, [c.client_id for c in clients if c.membership not in gone])
+        if self._on_published is not None:
+            await self._export_newest(self._on_published)
 
     async def _merge(self, command: Aggregate) -> Merged | None:
         foundation = self._foundation
         manifest, state = foundation.known_manifest, foundation.engine.state
-        ranks = {c.rank for c in state.clients.values() if c.membership is not Membership.EVICTED}
-        levels = tuple(sorted(ranks | set(manifest.ranks.levels)))
+        levels = state.rank_levels
         try:
-            return await asyncio.to_thread(merge, command, manifest, levels, foundation.blobs, self._pool)
+            try:
+                return await foundation.on_disk(merge, command, manifest, levels, foundation.blobs, self._pool)
+            except BrokenExecutor:
+                log.warning("a helper process died; merging once more with new ones", round=command.number)
+                self.close()
+                self._pool = make_pool(foundation.config.aggregation.processes)
+                return await foundation.on_disk(merge, command, manifest, levels, foundation.blobs, self._pool)
+        except StorageFailed:
+            raise
         except (RafloraError, OSError, MemoryError, BrokenExecutor) as error:
             log.error("aggregation failed", round=command.number, error=str(error))
             opened = foundation.engine.state.open
@@ -76,15 +95,27 @@ class Publisher:
                 await foundation.engine.submit(AbortRound(command.number, f"the aggregation failed: {error}"))
             return None
 
-    async def _publish(self, command: Aggregate, merged: Merged) -> bool:
-        """Whether the round still wanted it."""
+    async def _publish(self, command: Aggregate, merged: Merged) -> None:
         publish = Publish(command.number, command.attempt, merged.adapter_digest, merged.to_json())
-        return (await self._foundation.engine.submit(publish)).outcome is Outcome.ACCEPTED
+        outcome = (await self._foundation.engine.submit(publish)).outcome
+        if outcome is not Outcome.ACCEPTED:
+            log.info("the round was aborted while it was merged", round=command.number, attempt=command.attempt)
+
+    async def _export_newest(self, export: Callable[[PublishedAdapter], None]) -> None:
+        async with self._exporting:
+            foundation, state = self._foundation, self._foundation.engine.state
+            if state.round <= self._exported_round:
+                return
+            self._exported_round = state.round
+            with foundation.pinned(state.adapter_digest):
+                await self._export(export, state.round, state.adapter_digest)
 
     async def _export(self, export: Callable[[PublishedAdapter], None], number: int, digest: str) -> None:
-        manifest = self._foundation.known_manifest
+        foundation, manifest = self._foundation, self._foundation.known_manifest
         try:
-            adapter = await asyncio.to_thread(read_global_adapter, self._foundation.blobs, manifest, digest)
-            await asyncio.to_thread(export, PublishedAdapter(adapter, manifest, number))
-        except OSError as error:  # what is published stays published
-            log.error("export failed", round=number, error=str(error))
+            adapter = await foundation.on_disk(read_global_adapter, foundation.blobs, manifest, digest)
+            await foundation.on_disk(export, PublishedAdapter(adapter, manifest, number))
+        except StorageFailed:
+            raise
+        except Exception as error:  # somebody else's code: what is published stays published
+            log.error("export failed", round=number, error=str(error), exc_info=error)

@@ -19,7 +19,7 @@ from raflora.v1 import (
 )
 
 from common.channel import Keepalive, Tls, is_loopback, server_credentials, server_options
-from common.errors import ConfigError, Unavailable
+from common.errors import ConfigError
 from coordinator.config import CoordinatorConfig, ServerConfig
 from coordinator.founding import check_settings
 from coordinator.narrator import narrate
@@ -30,8 +30,9 @@ from coordinator.servicers.federation import FederationServicer
 from coordinator.servicers.interceptor import ErrorInterceptor
 from coordinator.servicers.status import StatusServicer
 from coordinator.stores.blobs import FileBlobs
-from coordinator.stores.journal import SqlJournal
+from coordinator.stores.journal import SqlJournal, public_name
 from coordinator.stores.lock import lock_state_folder
+from coordinator.stores.owner import Owner, claim_state_folder
 
 _GRACE_SECONDS = 10.0  # for calls in progress at a clean end
 SERVICES = tuple(
@@ -53,12 +54,15 @@ async def run_coordinator(
 ) -> None:
     """Serves until SIGTERM or SIGINT. Raises ConfigError, StateInUse or CorruptStore if it cannot start.
 
+    Raises StorageFailed as soon as the disk fails to keep what it was given, so that nothing is promised on top of it.
+
     `on_listening` is told the address once calls are answered; `on_published` runs in a thread after each round.
     """
     check_settings(config)
     tls = _tls_of(config.server)
     with lock_state_folder(config.state_dir):
         blobs = FileBlobs(config.state_dir / "blobs")
+        claim_state_folder(config.state_dir, _owner_of(config), blobs)
         blobs.sweep()
         journal = SqlJournal(config.store.journal or f"sqlite:///{config.state_dir / 'journal.sqlite'}")
         try:
@@ -79,7 +83,9 @@ async def _serve(
     tls: Tls | None,
     on_listening: Callable[[str], None] | None,
 ) -> None:
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(Keepalive()))
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor(service.engine.end_with)], options=server_options(Keepalive())
+    )
     federation_pb2_grpc.add_FederationServiceServicer_to_server(FederationServicer(service), server)
     status_pb2_grpc.add_StatusServiceServicer_to_server(StatusServicer(service), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(service), server)
@@ -108,6 +114,10 @@ async def _serve(
                 task.cancel()
 
 
+def _owner_of(config: CoordinatorConfig) -> Owner:
+    return Owner(config.name, public_name(config.store.journal) if config.store.journal else "")
+
+
 def _tls_of(server: ServerConfig) -> Tls | None:
     if server.tls is not None:
         return Tls(server.tls.ca_file, server.tls.certificate_file, server.tls.key_file)
@@ -125,7 +135,7 @@ def _bind(server: grpc.aio.Server, listen: str, tls: Tls | None) -> str:
             server.add_insecure_port(listen) if tls is None else server.add_secure_port(listen, server_credentials(tls))
         )
     except RuntimeError as error:
-        raise Unavailable(
+        raise ConfigError(
             f"server.listen: {listen} cannot be bound; is another coordinator running? ({error})"
         ) from None
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"

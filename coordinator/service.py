@@ -13,7 +13,9 @@ from coordinator.aggregation.forecast import CollapseForecast, forecast_collapse
 from coordinator.config import CoordinatorConfig
 from coordinator.engine import Engine
 from coordinator.federation.explain import explain
+from coordinator.federation.members import member
 from coordinator.federation.requests import (
+    ChangeRules,
     Claim,
     Fail,
     Join,
@@ -32,10 +34,10 @@ from coordinator.federation.state import (
     Profile,
     part_of,
 )
-from coordinator.federation.step import Command, member
+from coordinator.federation.step import Command
 from coordinator.founding import Foundation, check_base_model, check_spec
 from coordinator.intake import Intake
-from coordinator.manifest import RoundPlan
+from coordinator.manifest import Manifest, RoundPlan
 from coordinator.publishing import PublishedAdapter, Publisher
 from coordinator.slices import BlobReference
 from coordinator.stores.blobs import FileBlobs
@@ -103,6 +105,7 @@ class CoordinatorService:
         async with self._commands:
             self._commands.create_task(self.engine.run())
             await self.foundation.found_from_file()
+            await self._apply_rules()
             await self._publisher.sweep()
 
     def close(self) -> None:
@@ -220,11 +223,19 @@ class CoordinatorService:
 
     # ------------------------------------------------------------ inside
 
+    async def _apply_rules(self) -> None:
+        """What the operator may change with a restart: when rounds open and close."""
+        manifest = self.foundation.manifest
+        if manifest is not None:
+            wanted = Manifest.of(self.config, manifest.spec, manifest.base_model_digest).rules
+            if (await self.engine.submit(ChangeRules(wanted))).outcome is Outcome.ACCEPTED:
+                log.info("rules changed", why=self.explanation())
+
     async def _claim(self, opened: OpenRound, assignment: Assignment) -> Task | None:
         manifest = self.foundation.known_manifest
         reference = await self.foundation.slices.slice_of(self.engine.state.adapter_digest, assignment.rank)
         transition = await self.engine.submit(
-            Claim(assignment.client_id, opened.number, opened.attempt, reference.digest)
+            Claim(assignment.client_id, opened.kind, opened.number, opened.attempt, reference.digest)
         )
         now_open = transition.state.open
         if transition.outcome is not Outcome.ACCEPTED or now_open is None:

@@ -1,12 +1,16 @@
 """Rank slices of the global adapter: made once per adapter and rank, kept as blobs, served to all of that rank."""
 
 import asyncio
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from common.adapter import Adapter, slice_adapter
 from common.codec import Layout, decode, encode
 from coordinator.manifest import Manifest
 from coordinator.stores.blobs import BlobStore
+
+MAX_MAKING = 2  # at a time: each holds a whole adapter in memory
+MAX_FOREIGN = 8  # slices of ranks that no client was granted, for observers
 
 
 @dataclass(frozen=True)
@@ -20,22 +24,36 @@ class BlobReference:
 class Slices:
     """A cache over pure functions: the same adapter and rank always give the same bytes."""
 
-    def __init__(self, blobs: BlobStore, manifest: Manifest) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        manifest: Manifest,
+        granted_ranks: Callable[[], Set[int]],
+        on_dropped: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`on_dropped` is told the digest of a slice of a rank that nobody trains, when newer ones take its place."""
         self._blobs = blobs
         self._manifest = manifest
+        self._granted_ranks = granted_ranks
+        self._on_dropped = on_dropped
+        self._making = asyncio.Semaphore(MAX_MAKING)
         self._made: dict[tuple[str, int], asyncio.Task[BlobReference]] = {}
 
     async def slice_of(self, adapter_digest: str, rank: int) -> BlobReference:
         """The first `rank` directions, scaled for a client of that rank, in the wire dtype."""
         key = (adapter_digest, rank)
         if key not in self._made:
-            self._made[key] = asyncio.create_task(asyncio.to_thread(self._make, adapter_digest, rank))
+            self._made[key] = asyncio.create_task(self._make_in_turn(adapter_digest, rank))
+        making = self._made[key]
         try:
             # Shielded: a caller that hangs up must not take the slice from the others who wait for it.
-            return await asyncio.shield(self._made[key])
+            reference = await asyncio.shield(making)
         except Exception:
-            self._made.pop(key, None)
+            if self._made.get(key) is making:
+                del self._made[key]
             raise
+        self._drop_foreign(key)
+        return reference
 
     async def settle(self) -> None:
         """Returns when no slice is being made."""
@@ -55,6 +73,18 @@ class Slices:
         """Whether these bytes are a slice that may be handed to a client."""
         return digest in self.digests()
 
+    def _drop_foreign(self, wanted: tuple[str, int]) -> None:
+        granted = self._granted_ranks()
+        foreign = [key for key, task in self._made.items() if key[1] not in granted and task.done()]
+        for key in [key for key in foreign if key != wanted][: max(0, len(foreign) - MAX_FOREIGN)]:
+            task = self._made.pop(key)
+            if not task.cancelled() and task.exception() is None and not self.owns(task.result().digest):
+                self._on_dropped(task.result().digest)
+
+    async def _make_in_turn(self, adapter_digest: str, rank: int) -> BlobReference:
+        async with self._making:
+            return await asyncio.to_thread(self._make, adapter_digest, rank)
+
     def _make(self, adapter_digest: str, rank: int) -> BlobReference:
         adapter = read_global_adapter(self._blobs, self._manifest, adapter_digest)
         cut = slice_adapter(adapter, rank, scaling=self._manifest.scaling(rank))
@@ -63,6 +93,6 @@ class Slices:
 
 
 def read_global_adapter(blobs: BlobStore, manifest: Manifest, digest: str) -> Adapter:
-    """The effective global adapter (scaling 1, float32)."""
+    """The effective global adapter (scaling 1, float32). Raises CorruptStore if its bytes changed on disk."""
     layout = Layout(manifest.spec, manifest.adapter.global_rank)
-    return decode(blobs.open(digest).read_bytes(), layout, whose=f"global adapter {digest[:12]}")
+    return decode(blobs.verify(digest).read_bytes(), layout, whose=f"global adapter {digest[:12]}")

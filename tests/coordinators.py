@@ -155,7 +155,7 @@ class NumpyClient:
     rpc: CoordinatorClient = field(init=False)
 
     def __post_init__(self) -> None:
-        self.enrol_key = self.enrol_key or f"key of {self.client_id}"
+        self.enrol_key = self.enrol_key or f"key-of-{self.client_id}"
         who = Credentials(self.client_id, self.enrol_key, "0")
         self.rpc = CoordinatorClient(CoordinatorAddress(address=self.address), who)
 

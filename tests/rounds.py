@@ -78,12 +78,12 @@ def started(**rules: object) -> State:
 
 
 def joins(client_id: str, *, key: str = "", max_rank: int = 0, num_examples: int = 10) -> Join:
-    return Join(client_id, key or f"key of {client_id}", Profile(max_rank or RANKS.get(client_id, 4), num_examples))
+    return Join(client_id, key or f"key-of-{client_id}", Profile(max_rank or RANKS.get(client_id, 4), num_examples))
 
 
 def claims(client_id: str) -> Act:
     """Fetches the task of the open round."""
-    return lambda state: Claim(client_id, opened(state).number, opened(state).attempt, slice_of(state, client_id))
+    return lambda state: Claim(client_id, opened(state).kind, opened(state).number, opened(state).attempt, slice_of(state, client_id))
 
 
 def uploads(client_id: str, digest: str = "", *, token: int = 0, **changes: object) -> Act:

@@ -8,14 +8,27 @@ import structlog
 from common.adapter import AdapterSpec, ModuleShape, TensorShape
 from common.codec import Layout, WireDtype
 from common.errors import (
+    AdapterMismatch,
     BaseModelMismatch,
+    CorruptTransfer,
     Evicted,
     IdentityConflict,
     InvalidRequest,
+    NotFinite,
+    OutOfBounds,
     ProtocolTooOld,
     RafloraError,
     SpecMismatch,
+    StaleRound,
+    StaleSlice,
+    UnknownBlob,
     UnknownClient,
+    UnknownTask,
+    UpdateConflict,
+    UploadTakenOver,
+    WrongOffset,
+    WrongRank,
+    WrongSize,
 )
 from worker import egress
 from worker.assignment import Assignment, LeaseLost, Means, Terms, record_departure
@@ -27,7 +40,22 @@ from worker.trainer_protocol import Load, Loaded, ModelOrder
 LEAVE_SECONDS = 5.0
 _SHORTEST_POLL_SECONDS = 1.0  # however fast a coordinator says that there is nothing to do
 _MAX_MESSAGE_CHARACTERS = 1000
-_MAY_QUOTE_LOCAL_DATA = ("data_error", "model_error", "invalid_request")  # paths, values: only the word leaves
+_WORKER_ERROR = "worker_error"  # nobody foresaw it; its type's name is all that is told
+# Whose sentences are this program's own and hold nothing but numbers and names that the coordinator knows, or are
+# what the coordinator itself said. Of everything else, which may quote a path or a record, only the word leaves.
+_MAY_LEAVE = frozenset(
+    {
+        "policy_refused",
+        "time_limit",
+        "diverged",
+        "out_of_memory",
+        "trainer_died",
+        _WORKER_ERROR,
+        *(kind.reason for kind in (AdapterMismatch, NotFinite, OutOfBounds, WrongSize, WrongRank)),
+        *(kind.reason for kind in (UnknownTask, UnknownBlob, StaleRound, StaleSlice, UpdateConflict)),
+        *(kind.reason for kind in (CorruptTransfer, WrongOffset, UploadTakenOver)),
+    }
+)
 
 # What no retry mends: the worker ends and says why.
 FINAL: tuple[type[RafloraError], ...] = (Evicted, IdentityConflict, BaseModelMismatch, SpecMismatch, ProtocolTooOld)
@@ -51,8 +79,9 @@ class Agent:
         forgotten = 0
         while True:
             welcome = await self._means.contact.insist(self._means.client.handshake)
+            structlog.contextvars.bind_contextvars(federation=welcome.federation)
             loaded = await self._load(welcome)
-            terms = await self._join(welcome, loaded)
+            terms = await self._join(welcome.protocol, loaded)
             try:
                 await self._serve(terms)
                 return
@@ -85,12 +114,12 @@ class Agent:
             lora_rank=min(config.rank, model.global_rank),
             seed=model.seed,
         )
-        log.info("loading", federation=welcome.federation, base_model=model.base_model, task=model.task)
-        loaded = await self._means.trainer.load(Load(config.model_dump_json(), order))
+        log.info("loading", base_model=model.base_model, task=model.task)
+        loaded = await self._means.trainer.load(Load(config.model_dump_json(), order, welcome.federation))
         check_base_model(config.policy, loaded.base_model_digest, "model.path")
         return loaded
 
-    async def _join(self, welcome: Welcome, loaded: Loaded) -> Terms:
+    async def _join(self, protocol: int, loaded: Loaded) -> Terms:
         spec = AdapterSpec(
             tuple(ModuleShape(*module) for module in loaded.modules),
             tuple(TensorShape(*tensor) for tensor in loaded.tensors),
@@ -101,13 +130,20 @@ class Agent:
             memory_bytes=loaded.memory_bytes,
             num_examples=loaded.num_examples,
         )
-        enrolment = Enrolment(welcome.protocol, profile, loaded.base_model_digest, spec)
+        enrolment = Enrolment(protocol, profile, loaded.base_model_digest, spec)
+        await record_departure(self._means, _as_departure(enrolment))
         place = await self._means.contact.insist(lambda: self._means.client.join(enrolment))
-        terms = Terms(spec, _wire_dtype(place), profile.max_rank, profile.num_examples, place.heartbeat_seconds)
+        terms = Terms(
+            spec=spec,
+            manifest_digest=place.manifest_digest,
+            wire_dtype=_wire_dtype(place),
+            max_rank=profile.max_rank,
+            num_examples=profile.num_examples,
+            heartbeat_seconds=place.heartbeat_seconds,
+        )
         size_bytes = Layout(spec, place.lora_rank, terms.wire_dtype).size_bytes
         log.info(
             "joined",
-            federation=welcome.federation,
             rank=place.lora_rank,
             examples=profile.num_examples,
             adapter_kb=round(size_bytes / 1000, 1),
@@ -151,7 +187,7 @@ class Agent:
         except Exception as error:
             # A bug or a full disk must cost a task, not the worker.
             log.exception("unexpected", round=task.round)
-            await self._give_back(task, "worker_error", type(error).__name__)
+            await self._give_back(task, _WORKER_ERROR, type(error).__name__)
             return False
         else:
             log.info("submitted", round=task.round, task=task.kind.value, outcome=outcome.value)
@@ -160,18 +196,12 @@ class Agent:
     async def _give_back(self, task: Task, word: str, message: str) -> None:
         client, contact = self._means.client, self._means.contact
         log.warning("task failed", round=task.round, reason=word, message=message)
-        told = "the worker's log says more" if word in _MAY_QUOTE_LOCAL_DATA else message[:_MAX_MESSAGE_CHARACTERS]
+        told = message[:_MAX_MESSAGE_CHARACTERS] if word in _MAY_LEAVE else "the worker's log says more"
         departure = egress.Departure(
             kind="failure",
             round=task.round,
             attempt=task.attempt,
-            digest="",
-            size_bytes=0,
-            num_tensors=0,
-            dtype="",
             lora_rank=task.lora_rank,
-            num_examples=0,
-            metrics={},
             words=f"{word}: {told}",
         )
         try:
@@ -187,6 +217,18 @@ class Agent:
         if sentence and sentence != self._said:
             log.info("waiting", why=sentence)
         self._said = sentence
+
+
+def _as_departure(enrolment: Enrolment) -> egress.Departure:
+    profile, spec = enrolment.profile, enrolment.spec
+    return egress.Departure(
+        kind="join",
+        digest=enrolment.base_model_digest,
+        num_tensors=len(spec.modules) + len(spec.tensors),
+        lora_rank=profile.max_rank,
+        num_examples=profile.num_examples,
+        words=f"device {profile.device}, {profile.memory_bytes} bytes of memory",
+    )
 
 
 def _wire_dtype(place: Place) -> WireDtype:

@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import math
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +63,7 @@ class Terms:
     """On what this client has joined."""
 
     spec: AdapterSpec
+    manifest_digest: str
     wire_dtype: WireDtype
     max_rank: int
     num_examples: int
@@ -78,6 +79,7 @@ class Assignment:
         self._task = task
         self._layout = Layout(terms.spec, task.lora_rank, terms.wire_dtype)
         self._progress = Progress("downloading")
+        self._has_turned = asyncio.Event()  # to another activity since the last heartbeat
 
     async def carry_out(self) -> Outcome:
         """Does the task and commits its result.
@@ -90,6 +92,11 @@ class Assignment:
             max_rank=self._terms.max_rank,
             num_examples=self._terms.num_examples,
         )
+        if self._task.manifest_digest != self._terms.manifest_digest:
+            raise AdapterMismatch(
+                f"round {self._task.round}: a task of the manifest {self._task.manifest_digest[:12]}, but this worker "
+                f"joined {self._terms.manifest_digest[:12]}"
+            )
         if self._task.adapter.size_bytes != self._layout.size_bytes:
             raise AdapterMismatch(
                 f"round {self._task.round}: the slice has {self._task.adapter.size_bytes} bytes, but rank "
@@ -107,7 +114,8 @@ class Assignment:
         config, task = self._means.config, self._task
         slice_path = await self._means.slices.fetch(task.adapter)
         update_path = (config.state_dir / "update.safetensors").absolute()
-        self._progress = Progress("training")
+        self._turn_to(Progress("training"))
+        log.info("training", round=task.round, rank=task.lora_rank, examples=self._terms.num_examples)
         order = Train(
             slice_path=str(slice_path.absolute()),
             update_path=str(update_path),
@@ -120,7 +128,7 @@ class Assignment:
         metrics = _finite(trained.metrics)
         await asyncio.to_thread(check_file, update_path, self._layout, "own update")
         blob = await asyncio.to_thread(_blob_of, update_path)
-        self._progress = Progress("uploading", step=self._progress.step, total_steps=self._progress.total_steps)
+        self._turn_to(replace(self._progress, activity="uploading"))
         await self._report("update", blob, trained.num_examples, metrics)
         upload = uploads.Upload(update_path, blob, task.lease_token)
         await uploads.send(upload, self._means.client, self._means.contact)
@@ -137,7 +145,7 @@ class Assignment:
     async def _evaluate(self) -> Evaluation:
         task = self._task
         slice_path = await self._means.slices.fetch(task.adapter)
-        self._progress = Progress("evaluating")
+        self._turn_to(Progress("evaluating"))
         order = Evaluate(
             slice_path=str(slice_path.absolute()),
             lora_rank=task.lora_rank,
@@ -165,6 +173,10 @@ class Assignment:
         )
         await record_departure(self._means, departure)
 
+    def _turn_to(self, progress: Progress) -> None:
+        self._progress = progress
+        self._has_turned.set()
+
     def _note(self, made: ProgressMade) -> None:
         self._progress = Progress(made.activity, made.step, made.total_steps, made.train_loss)
 
@@ -184,10 +196,13 @@ class Assignment:
             await asyncio.gather(working, beating, return_exceptions=True)
 
     async def _keep_lease(self) -> None:
-        """Returns when the coordinator says stop; while it is out of reach the work goes on."""
-        client, contact, clock = self._means.client, self._means.contact, self._means.clock
+        """Beats at once, at every new activity and between by interval; returns when the coordinator says stop.
+
+        While it is out of reach the work goes on.
+        """
+        client, contact = self._means.client, self._means.contact
         while True:
-            await clock.sleep(heartbeat_pause_seconds(self._terms.heartbeat_seconds, clock.chance()))
+            self._has_turned.clear()
             try:
                 goes_on = await client.heartbeat(self._task.lease_token, self._progress)
             except UnknownTask:
@@ -196,10 +211,25 @@ class Assignment:
                 if not may_pass(error):
                     raise
                 contact.lost(error)
-                continue
-            contact.made()
-            if not goes_on:
-                return
+            else:
+                contact.made()
+                if not goes_on:
+                    return
+            await self._until_next_beat()
+
+    async def _until_next_beat(self) -> None:
+        clock = self._means.clock
+        pause_seconds = heartbeat_pause_seconds(self._terms.heartbeat_seconds, clock.chance())
+        waiting = (
+            asyncio.ensure_future(clock.sleep(pause_seconds)),
+            asyncio.ensure_future(self._has_turned.wait()),
+        )
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waiting:
+                one.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def record_departure(means: Means, departure: egress.Departure) -> None:

@@ -83,7 +83,6 @@ class CoordinatorClient:
         answer = await self._answer(self._stub.Handshake(request, timeout=self._rpc_seconds))
         return Welcome(
             protocol=answer.protocol,
-            software_version=answer.software_version,
             federation=answer.federation,
             model=ModelRequest(
                 base_model=answer.model.base_model,
@@ -108,7 +107,6 @@ class CoordinatorClient:
                 device=profile.device,
                 memory_bytes=profile.memory_bytes,
                 num_examples=profile.num_examples,
-                examples_per_second=profile.examples_per_second,
             ),
             base_model_digest=enrolment.base_model_digest,
             spec=_spec(enrolment.spec),
@@ -119,8 +117,6 @@ class CoordinatorClient:
             lora_rank=answer.lora_rank,
             manifest_digest=answer.manifest_digest,
             heartbeat_seconds=answer.heartbeat_seconds,
-            lease_ttl_seconds=answer.lease_ttl_seconds,
-            chunk_bytes=answer.chunk_bytes,
             wire_dtype=answer.wire_dtype,
             status_sentence=answer.status_sentence,
         )
@@ -196,12 +192,6 @@ class CoordinatorClient:
             raise _error_of(error, self.address) from None
         finally:
             call.cancel()
-
-    async def query_upload(self, digest: str) -> int:
-        """The number of durable bytes of an upload that was begun."""
-        request = pb.QueryUploadRequest(**self._me, digest=digest)
-        answer = await self._answer(self._stub.QueryUpload(request, timeout=self._rpc_seconds))
-        return answer.committed_bytes
 
     async def submit_update(self, update: Update) -> Outcome:
         """Commits an uploaded update; repeating it changes nothing."""
@@ -336,7 +326,6 @@ def _task(task: pb.Task) -> Task:
             warmup_steps=plan.warmup_steps,
             seed=plan.seed,
         ),
-        deadline_seconds=task.deadline_seconds,
         manifest_digest=task.manifest_digest,
     )
 

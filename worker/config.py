@@ -97,7 +97,7 @@ class SitePolicy(Section):
 class WorkerConfig(Section):
     """One worker of one site: `raflora worker --config worker.toml`."""
 
-    name: str = ""
+    name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,99})?$")
     """The client id; unset: the host's name."""
     rank: int = Field(ge=1, le=4096)
     """The largest LoRA rank that this machine can train."""

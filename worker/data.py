@@ -21,6 +21,12 @@ _PARQUET_BATCH_ROWS = 1024
 _MAX_CELL_CHARACTERS = 16 << 20  # of a csv file; the module's own limit of 128 KiB is too small for long texts
 
 
+class ClassName(str):
+    """A class as the data set itself names it, where its files hold only the number; never read as a number."""
+
+    __slots__ = ()
+
+
 class DataError(RafloraError):
     """This site's data cannot be used as it is; the message says where and why."""
 
@@ -150,12 +156,36 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            names = _class_names_in(file.schema_arrow.metadata or {})
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path}, row {number}", path.parent, values)
+                    yield Row(f"{path}, row {number}", path.parent, _named(values, names))
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a parquet file that can be read: {error}") from None
+
+
+def _class_names_in(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """The classes' names by column, as `datasets` writes them into a parquet file."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}  # not written by `datasets`; numbers are then the federation's
+
+
+def _named(values: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> Mapping[str, Any]:
+    """The same record with the data set's own names of its classes: its numbers need not be the federation's."""
+    named = dict(values)
+    for column, known in names.items():
+        number = values.get(column)
+        if isinstance(number, int) and 0 <= number < len(known):
+            named[column] = ClassName(known[number])
+    return named
 
 
 def _hub_rows(source: str, subset: str | None, split: str, offline: bool) -> list[Row]:
@@ -173,4 +203,6 @@ def _hub_rows(source: str, subset: str | None, split: str, offline: bool) -> lis
     for name, feature in found.features.items():
         if isinstance(feature, datasets.Image):  # bytes, so that there is one way to decode an image
             found = found.cast_column(name, datasets.Image(decode=False))
-    return [Row(f"{source} ({split}), row {i}", Path(), values) for i, values in enumerate(found, start=1)]
+    names = {n: f.names for n, f in found.features.items() if isinstance(f, datasets.ClassLabel) and f.names}
+    where = f"{source} ({split})"
+    return [Row(f"{where}, row {i}", Path(), _named(values, names)) for i, values in enumerate(found, start=1)]

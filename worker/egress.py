@@ -1,12 +1,14 @@
-"""The egress report: one line for everything that leaves this site, written before it leaves.
+"""The egress report: one line for everything that leaves this site about its model and data, before it leaves.
 
-A site can prove from this file what it sent; nothing is sent that does not stand in it.
+Listed are every enrolment, every result and every failure that is told. Not listed is what keeps the line open: the
+handshake and the polls (this worker's name, key and software version), and the heartbeats of a task, which hold its
+activity in a word, the step, the number of steps and the training loss of that step.
 """
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 REPORT = "egress.jsonl"
@@ -14,19 +16,19 @@ REPORT = "egress.jsonl"
 
 @dataclass(frozen=True)
 class Departure:
-    """What leaves in one task. Of an evaluation or a failure no factors leave, so there the bytes are 0."""
+    """What leaves at one time. Only an update holds factors; of everything else the bytes are 0."""
 
-    kind: str  # "update", "evaluation" or "failure"
-    round: int
-    attempt: int
-    digest: str
-    size_bytes: int
-    num_tensors: int
-    dtype: str
-    lora_rank: int
-    num_examples: int
-    metrics: Mapping[str, float]
-    words: str = ""  # of a failure: the reason and what is told of it
+    kind: str  # "join", "update", "evaluation" or "failure"
+    round: int = 0
+    attempt: int = 0
+    digest: str = ""  # of a join: the base model's
+    size_bytes: int = 0
+    num_tensors: int = 0  # of a join: how many shapes are told
+    dtype: str = ""
+    lora_rank: int = 0  # of a join: the largest that is offered
+    num_examples: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    words: str = ""  # of a failure: the reason and what is told of it; of a join: the device and its memory
 
 
 def record(state_dir: Path, departure: Departure, *, time: str) -> None:

@@ -44,7 +44,6 @@ class Welcome:
     """The answer to the handshake."""
 
     protocol: int
-    software_version: str
     federation: str
     model: ModelRequest
 
@@ -57,7 +56,6 @@ class RankProfile:
     device: str
     memory_bytes: int
     num_examples: int
-    examples_per_second: float = 0.0  # 0: not measured
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,6 @@ class Place:
     lora_rank: int
     manifest_digest: str
     heartbeat_seconds: float
-    lease_ttl_seconds: float
-    chunk_bytes: int
     wire_dtype: str
     status_sentence: str
 
@@ -103,7 +99,6 @@ class Task:
     scaling: float
     adapter: Blob
     plan: Plan
-    deadline_seconds: float
     manifest_digest: str
 
 

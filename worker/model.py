@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -20,10 +21,10 @@ from torch import nn
 from transformers import AutoConfig
 
 from common.adapter import Adapter, AdapterSpec, ModuleShape, TensorShape
-from common.errors import AdapterMismatch, RafloraError
+from common.errors import AdapterMismatch
 from worker import peft_format
 from worker.config import ModelConfig
-from worker.tasks import Task, task_named
+from worker.tasks import ModelError, Task, task_named
 from worker.trainer_protocol import ModelOrder
 
 ALL_LINEAR = "all-linear"
@@ -34,12 +35,7 @@ _DOWNLOADED = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # configurat
 _READ_BYTES = 1 << 20
 _SHOWN = 5  # names in an error message
 
-
-class ModelError(RafloraError):
-    """The base model cannot be used as the federation asks; the message says why and what to do."""
-
-    code = "FAILED_PRECONDITION"
-    reason = "model_error"
+log = structlog.get_logger()
 
 
 @dataclass
@@ -189,7 +185,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _load_base(folder: Path, config: ModelConfig, order: ModelOrder, task: Task) -> Any:
     labels = dict(enumerate(order.labels))
-    _check_frozen_head(folder, config, order)
     named = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}} if labels else {}
     try:
         base, found = task.auto_class.from_pretrained(
@@ -204,6 +199,7 @@ def _load_base(folder: Path, config: ModelConfig, order: ModelOrder, task: Task)
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{config.path}: cannot be loaded for {order.task}: {error}") from None
+    _check_frozen_head(base, folder, config, order)
     new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
     saved = tuple(order.modules_to_save)
     strays = sorted(key for key in new if not any(_is_under(key, name) for name in saved))
@@ -212,6 +208,13 @@ def _load_base(folder: Path, config: ModelConfig, order: ModelOrder, task: Task)
         raise ModelError(
             f"{config.path}: the checkpoint has no fitting values for {strays[:_SHOWN]}, so every worker would "
             f"start with different random ones; add {modules[:_SHOWN]} to modules_to_save"
+        )
+    replaced = sorted(name for name in saved if _has_values(base, name, new))
+    if replaced:
+        log.warning(
+            "values of the checkpoint are not used",
+            modules_to_save=replaced,
+            why="the federation starts modules_to_save from the coordinator's seed",
         )
     return base
 
@@ -222,9 +225,13 @@ def _widened(base: Any, config: ModelConfig) -> Any:
     return base.float()
 
 
-def _check_frozen_head(folder: Path, config: ModelConfig, order: ModelOrder) -> None:
+def _has_values(base: Any, saved: str, new: set[str]) -> bool:
+    return any(_is_under(key, saved) and key not in new for key, _ in base.named_parameters())
+
+
+def _check_frozen_head(base: Any, folder: Path, config: ModelConfig, order: ModelOrder) -> None:
     """A head that is not trained means what it meant: its labels must be the federation's, in the same order."""
-    if order.modules_to_save or not order.labels:
+    if not order.labels or _last_layer_is_trained(base, order):
         return
     try:
         found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).id2label
@@ -237,6 +244,15 @@ def _check_frozen_head(folder: Path, config: ModelConfig, order: ModelOrder) -> 
             f"{config.path}: its head is frozen and tells {list(own[:_SHOWN])} apart, but the federation's labels are "
             f"{list(order.labels[:_SHOWN])}; use the model's labels in its order, or add the head to modules_to_save"
         )
+
+
+def _last_layer_is_trained(base: Any, order: ModelOrder) -> bool:
+    """Whether modules_to_save covers the layer whose outputs are the labels; a trained pooler below is not enough."""
+    outside = (name for name, module in base.named_modules() if isinstance(module, nn.Linear))
+    heads = [name for name in outside if not name.startswith(f"{base.base_model_prefix}.")]
+    if not heads:
+        return bool(order.modules_to_save)
+    return any(_is_under(heads[-1], saved) for saved in order.modules_to_save)
 
 
 def _labels_of(base: Any, ordered: tuple[str, ...]) -> tuple[str, ...]:

@@ -40,17 +40,22 @@ async def work(config: WorkerConfig, trainer_command: Sequence[str] = DEFAULT_CO
     contact = Contact(config.state_dir, clock)
     agent = Agent(Means(config, client, trainer, contact, clock))
     try:
-        await _until_terminated(agent)
+        await _until_terminated(agent, trainer)
     finally:
         await trainer.stop()
         await client.close()
 
 
-async def _until_terminated(agent: Agent) -> None:
+async def _until_terminated(agent: Agent, trainer: TrainerProcess) -> None:
     """Runs the agent; when SIGTERM or a cancellation ends it, the coordinator is told."""
     loop = asyncio.get_running_loop()
     working = asyncio.create_task(agent.run())
-    loop.add_signal_handler(signal.SIGTERM, working.cancel)
+
+    def terminate() -> None:
+        trainer.kill()  # nothing will be trained any more, so nobody waits for its next step
+        working.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, terminate)
     try:
         await asyncio.wait({working})
         if not working.cancelled():
@@ -58,7 +63,7 @@ async def _until_terminated(agent: Agent) -> None:
         log.info("terminated")
         await agent.leave()
     except asyncio.CancelledError:
-        working.cancel()
+        terminate()
         await asyncio.gather(working, return_exceptions=True)
         await agent.leave()
         raise

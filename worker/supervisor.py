@@ -1,7 +1,8 @@
 """Owns the trainer process: starts it, speaks to it, notices its death, kills it.
 
-The trainer is started when it is needed and stays, with the base model in memory, until it dies or is killed;
-the next task then starts it afresh. Nothing here imports torch.
+The trainer is started when it is needed and stays, with the base model in memory, also when a task is dropped. It
+is killed if it does not answer, and when the worker ends; the next task then starts it afresh.
+Nothing here imports torch.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ from worker.trainer_protocol import (
     Loaded,
     ProgressMade,
     Request,
+    Stop,
     Train,
     Trained,
     answer_from_line,
@@ -35,6 +37,7 @@ from worker.trainer_protocol import (
 
 DEFAULT_COMMAND = (sys.executable, "-m", "worker.trainer")
 MAX_LOAD_SECONDS = 6 * 3600.0  # a base model may have to come over a slow line first
+STOP_SECONDS = 20.0  # between telling the trainer to drop a task and killing it: one step of a slow model
 _REMEMBERED_LINES = 8  # of the trainer's stderr, for the message when it has died
 _LONGEST_QUOTE = 600
 _MAX_STDERR_BYTES = 64 << 10  # a longer line is passed through in pieces
@@ -88,7 +91,7 @@ class _Process:
 
 
 class TrainerProcess:
-    """One trainer at a time. Cancelling any of the calls kills it; so does a task that takes too long.
+    """One trainer at a time. Cancelling a task makes it drop the task; cancelling a load, or taking too long, kills it.
 
     Raises TrainerDied, or TaskFailed with the trainer's own reason.
     """
@@ -99,6 +102,7 @@ class TrainerProcess:
         self._running: _Process | None = None
         self._order: Load | None = None
         self._loaded: Loaded | None = None
+        self._is_over = False
 
     async def load(self, order: Load) -> Loaded:
         """Loads model and data; the same order is not carried out twice by a trainer that lives."""
@@ -116,6 +120,12 @@ class TrainerProcess:
     async def evaluate(self, request: Evaluate, on_progress: OnProgress) -> Evaluated:
         """Evaluates one slice."""
         return await self._work(request, Evaluated, on_progress)
+
+    def kill(self) -> None:
+        """Kills the trainer for good and at once: who cancels a task afterwards need not wait for its next step."""
+        self._is_over = True
+        if self._running is not None:
+            self._running.kill()
 
     async def stop(self) -> None:
         """Kills the trainer; the next task starts a new one."""
@@ -160,6 +170,9 @@ class TrainerProcess:
             await self.stop()
             what = type(request).__name__.lower()
             raise TaskFailed("time_limit", f"trainer: {what} took longer than {limit_seconds:g} s") from None
+        except asyncio.CancelledError:
+            await self._interrupt(running, request)
+            raise
         except BaseException:
             await self.stop()
             raise
@@ -171,6 +184,20 @@ class TrainerProcess:
             await self.stop()
             raise TrainerDied(f"trainer: answered {type(answer).__name__} to {type(request).__name__}")
         return answer
+
+    async def _interrupt(self, running: _Process, request: Request) -> None:
+        """Makes the trainer drop what it does; it lives on if it says so in time."""
+        has_dropped = False
+        try:
+            if not isinstance(request, Load) and not self._is_over:
+                async with asyncio.timeout(STOP_SECONDS):
+                    answer = await _converse(running, Stop(), _ignore)
+                has_dropped = not (isinstance(answer, Failed) and answer.fatal)
+        except (TimeoutError, TrainerDied) as error:
+            log.warning("the trainer did not stop its task and is killed", why=str(error) or "no answer in time")
+        finally:
+            if not has_dropped:
+                await self.stop()
 
 
 async def _spawn(command: Sequence[str]) -> _Process:
@@ -202,7 +229,8 @@ async def _converse(running: _Process, request: Request, on_progress: OnProgress
     except ConnectionError:
         pass  # it is gone, and what it left behind says more than the pipe
     except (ValueError, RafloraError) as error:
-        raise TrainerDied(f"trainer: said something that is no message ({error})") from None
+        log.warning("the trainer said something that is no message", error=str(error))
+        raise TrainerDied("trainer: said something that is no message; the worker's log says more") from None
     raise TrainerDied(await _epitaph(running))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -20,12 +20,20 @@ from transformers import (
     default_data_collator,
 )
 
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, RafloraError
 from worker.config import DataConfig
-from worker.data import DataError, Example, Row
+from worker.data import ClassName, DataError, Example, Row
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 GREY_LEVELS = 255
+_DEEP_LEVELS = 65_535  # of a grey PNG with 16 bits
+
+
+class ModelError(RafloraError):
+    """The base model cannot be used as the federation asks; the message says why and what to do."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "model_error"
 
 
 class Preparation(Protocol):
@@ -48,7 +56,7 @@ class Task(Protocol):
     auto_class: Any  # transformers' class with from_pretrained
 
     def prepare(self, folder: Path, model: Any, labels: Sequence[str], config: DataConfig) -> Preparation:
-        """The preparation that belongs to the model in `folder`."""
+        """The preparation that belongs to the model in `folder`. Raises ModelError if its files are not there."""
         ...
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -83,7 +91,7 @@ class SequenceClassification(_Classification):
 
     def prepare(self, folder: Path, model: Any, labels: Sequence[str], config: DataConfig) -> Preparation:
         """Loads the tokenizer; a model without a padding token pads with its end-of-sequence token."""
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = _tokenizer_in(folder)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if getattr(model.config, "pad_token_id", None) is None:
@@ -100,15 +108,41 @@ class ImageClassification(_Classification):
 
     def prepare(self, folder: Path, model: Any, labels: Sequence[str], config: DataConfig) -> Preparation:
         """Loads the image processor that lies beside the model."""
-        processor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        processor = _image_processor_in(folder)
         mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
         return _Images(processor, mode, LabelColumn(config.label_column, labels), config.image_column)
 
 
+def _tokenizer_in(folder: Path) -> Any:
+    advice = f"put the tokenizer of the base model (tokenizer.json, tokenizer_config.json) into {folder}"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(f"{folder}: no tokenizer that can be loaded; {advice}: {error}") from None
+    # Without a vocabulary transformers makes an empty tokenizer, to which every word is unknown.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ModelError(f"{folder}: the tokenizer knows no words; {advice}")
+    return tokenizer
+
+
+def _image_processor_in(folder: Path) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(
+            f"{folder}: no image processor that can be loaded; put the base model's preprocessor_config.json "
+            f"into it: {error}"
+        ) from None
+
+
 class LabelColumn:
-    """A column that holds a class's number or its name."""
+    """A column that holds a class's number or its name.
+
+    A name wins over a number, whether a file spells it as text or as a number: with the labels "1", "2", "3" a csv
+    cell 1 and a JSON number 1 both mean the first. Names that come from a data set itself are only ever names.
+    """
 
     def __init__(self, column: str, labels: Sequence[str]) -> None:
         self._column = column
@@ -116,11 +150,12 @@ class LabelColumn:
         self._numbers = {label: number for number, label in enumerate(self._labels)}
 
     def number(self, row: Row) -> int:
-        """The class's number. A name wins over a number, so labels "1", "2", "3" mean what they say."""
+        """The class's number. Raises DataError if the row holds none of the federation's."""
         value = row[self._column]
         found = self._numbers.get(value.strip()) if isinstance(value, str) else None
-        if found is None:
-            found = self._as_number(value)
+        if found is None and not isinstance(value, ClassName):
+            number = self._as_number(value)
+            found = self._numbers.get(str(number), number)
         if found is None or not 0 <= found < len(self._labels):
             shown = ", ".join(self._labels[:5]) + (", ..." if len(self._labels) > 5 else "")
             raise DataError(
@@ -171,7 +206,8 @@ class _Images:
         self.collator: Collator = default_data_collator
 
     def example(self, row: Row) -> Example:
-        image = self._image(row).convert(self._mode)
+        # Cameras write how they were held beside the pixels; people see the image turned.
+        image = ImageOps.exif_transpose(self._image(row)).convert(self._mode)
         pixels = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": self._label.number(row)}
 
@@ -201,7 +237,17 @@ def _decoded(content: bytes, where: str) -> Image.Image:
         image.load()
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{where} is no PNG or JPEG that can be decoded: {error}") from None
-    return image
+    return _in_eight_bits(image, where)
+
+
+def _in_eight_bits(image: Image.Image, where: str) -> Image.Image:
+    """The image itself, or one of 16 bits scaled down; Pillow's own conversion would cut it off at 255."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    levels = np.asarray(image, dtype=np.float64)
+    if image.mode.startswith("F") or levels.min() < 0 or levels.max() > _DEEP_LEVELS:
+        raise DataError(f"{where} is an image of mode {image.mode}; 8 or 16 bits a channel are expected")
+    return Image.fromarray(np.round(levels * (GREY_LEVELS / _DEEP_LEVELS)).astype(np.uint8))
 
 
 def _from_rows(value: object, where: str) -> Image.Image:

@@ -3,8 +3,9 @@
     python -m worker.trainer
 
 Requests come as lines on standard input, answers go as lines to what was standard output; everything that
-libraries print goes to standard error. It never imports grpc, never speaks to the network about a task, and
-ends at once when its input ends, whatever it is doing: an agent that is gone wants nothing any more.
+libraries print goes to standard error. It never imports grpc, never speaks to the network about a task, drops a
+task at its next step when it is told to stop, and ends at once when its input ends: an agent that is gone wants
+nothing any more.
 """
 
 import gc
@@ -27,6 +28,7 @@ from common.adapter import Adapter
 from common.errors import ConfigError, InvalidRequest, RafloraError
 from common.logs import set_up_logs
 from worker.config import WorkerConfig
+from worker.identity import client_id_of
 from worker.quiet import silence_libraries
 from worker.trainer_protocol import (
     MAX_LINE_BYTES,
@@ -38,6 +40,7 @@ from worker.trainer_protocol import (
     Loaded,
     ProgressMade,
     Request,
+    Stop,
     Train,
     Trained,
     request_from_line,
@@ -53,6 +56,12 @@ MAX_WAITING_REQUESTS = 4  # an agent asks one thing at a time; more waiting is a
 PROGRESS_SECONDS = 0.2  # between two lines of progress
 
 Say = Callable[[Answer], None]
+
+
+class Stopped(RafloraError):
+    """The agent no longer wants this task."""
+
+    reason = "stopped"
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = _keep_stdout_for_answers()
     requests: queue.Queue[bytes] = queue.Queue(maxsize=MAX_WAITING_REQUESTS)
-    threading.Thread(target=_read_requests, args=(sys.stdin.buffer, requests), daemon=True).start()
+    stopping = threading.Event()
+    threading.Thread(target=_read_requests, args=(sys.stdin.buffer, requests, stopping), daemon=True).start()
 
     def say(answer: Answer) -> None:
         try:
@@ -79,7 +89,7 @@ def main() -> int:
         except BrokenPipeError:
             os._exit(0)
 
-    trainer = _Trainer(say)
+    trainer = _Trainer(say, stopping)
     while True:
         answer = trainer.answer(requests.get())
         say(answer)
@@ -90,8 +100,9 @@ def main() -> int:
 class _Trainer:
     """Does one request after the other."""
 
-    def __init__(self, say: Say) -> None:
+    def __init__(self, say: Say, stopping: threading.Event) -> None:
         self._say = say
+        self._stopping = stopping
         self._session: _Session | None = None
 
     def answer(self, line: bytes) -> Answer:
@@ -103,8 +114,12 @@ class _Trainer:
         except Exception as error:
             if not is_out_of_memory(error):
                 traceback.print_exc()
-                return Failed("trainer_died", f"{type(error).__name__}: {error}", fatal=True)
-            failed = Failed("out_of_memory", f"{type(error).__name__}: {error}".partition("\n")[0])
+                # Only the kind goes on: what an unforeseen error says may quote a file, a path or a record.
+                return Failed("trainer_died", f"{type(error).__name__}; the worker's log says more", fatal=True)
+            print(f"{type(error).__name__}: {error}".partition("\n")[0], file=sys.stderr)
+            failed = Failed(
+                "out_of_memory", f"{type(error).__name__}; a smaller batch_size or rank may help, the log says more"
+            )
         # Only here: the error held the frames, and they what filled the memory.
         _free_memory()
         return failed
@@ -117,13 +132,16 @@ class _Trainer:
                 return self._train(request)
             case Evaluate():
                 return self._evaluate(request)
+            case Stop():
+                raise InvalidRequest("trainer: Stop is no request of its own")
 
     def _load(self, request: Load) -> Loaded:
         self._session = None
         gc.unfreeze()
         _free_memory()
         config = _config_from(request.config_json)
-        set_up_logs(config.log_format, config.log_level, role="trainer", client=config.name)
+        context = {"federation": request.federation} if request.federation else {}
+        set_up_logs(config.log_format, config.log_level, role="trainer", client=client_id_of(config.name), **context)
         _set_up_libraries(config)
         from worker.data import load_data  # noqa: PLC0415 # seconds of imports, after the protocol is up
         from worker.model import load_model  # noqa: PLC0415
@@ -155,7 +173,7 @@ class _Trainer:
             request.plan,
             collator=session.preparation.collator,
             memory_batch=session.config.batch_size,
-            report=_Progress(self._say, "training"),
+            report=_Progress(self._say, "training", self._stopping),
         )
         Path(request.update_path).write_bytes(
             codec.encode(read_adapter(session.model), codec.WireDtype(request.wire_dtype))
@@ -171,7 +189,7 @@ class _Trainer:
             session.data.test,
             collator=session.preparation.collator,
             memory_batch=session.config.batch_size,
-            report=_Progress(self._say, "evaluating"),
+            report=_Progress(self._say, "evaluating", self._stopping),
         )
         return Evaluated(len(session.data.test), outcome.metrics)
 
@@ -186,14 +204,17 @@ class _Trainer:
 
 
 class _Progress:
-    """Says how far the work is, but not at every step of a tiny model."""
+    """Says how far the work is, but not at every step of a tiny model. Raises Stopped if nobody wants it any more."""
 
-    def __init__(self, say: Say, activity: str) -> None:
+    def __init__(self, say: Say, activity: str, stopping: threading.Event) -> None:
         self._say = say
         self._activity = activity
+        self._stopping = stopping
         self._said_at = float("-inf")
 
     def __call__(self, step: int, total_steps: int, train_loss: float) -> None:
+        if self._stopping.is_set():
+            raise Stopped(f"{self._activity} was stopped at step {step} of {total_steps}")
         now = time.monotonic()
         if step < total_steps and now - self._said_at < PROGRESS_SECONDS:
             return
@@ -226,8 +247,14 @@ def _keep_stdout_for_answers() -> BinaryIO:
     return answers
 
 
-def _read_requests(source: BinaryIO, requests: "queue.Queue[bytes]") -> None:
+def _read_requests(source: BinaryIO, requests: "queue.Queue[bytes]", stopping: threading.Event) -> None:
+    stop = to_line(Stop())
     while line := source.readline(MAX_LINE_BYTES + 1):
+        if line == stop:
+            stopping.set()
+            continue
+        # A request follows the answer to the last one, so a stop from before, which came too late, is not meant.
+        stopping.clear()
         requests.put(line)
     # Not sys.exit: the main thread may be hours deep in a training step loop, and nothing is left to tidy.
     os._exit(0)

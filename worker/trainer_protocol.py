@@ -45,6 +45,7 @@ class Load:
 
     config_json: str  # the WorkerConfig as JSON: the trainer reads no file and no environment of its own
     order: ModelOrder
+    federation: str = ""  # for the trainer's log
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Evaluate:
     lora_rank: int
     scaling: float
     wire_dtype: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Drop the task that is being worked on; its answer, Failed("stopped") or the real one, is the only answer."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +118,14 @@ class Evaluated:
 class Failed:
     """Answer to anything that could not be done; the trainer lives on unless it says `fatal`."""
 
-    reason: str  # one word: "out_of_memory", "data_error", "model_error", "diverged", "adapter_mismatch", ...
+    reason: (
+        str  # one word: "out_of_memory", "data_error", "model_error", "diverged", "adapter_mismatch", "stopped", ...
+    )
     message: str
     fatal: bool = False
 
 
-Request: TypeAlias = Load | Train | Evaluate
+Request: TypeAlias = Load | Train | Evaluate | Stop
 Answer: TypeAlias = Loaded | ProgressMade | Trained | Evaluated | Failed
 
 
@@ -166,6 +174,8 @@ def _request(kind: object, content: dict[str, Any]) -> Request:
             return Train(plan=Plan(**content.pop("plan")), **content)
         case "Evaluate":
             return Evaluate(**content)
+        case "Stop":
+            return Stop(**content)
         case other:
             raise InvalidRequest(f"trainer: unknown request {other!r}")
 

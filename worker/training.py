@@ -23,7 +23,7 @@ from worker.trainer_protocol import Plan
 MAX_SEED = 1 << 32  # numpy's limit
 _EVALUATION_BATCH = 64
 
-Report = Callable[[int, int, float], None]  # step, total_steps, train_loss
+Report = Callable[[int, int, float], None]  # step, total_steps, train_loss; what it raises ends the work
 
 
 class Diverged(RafloraError):
@@ -135,6 +135,7 @@ class _Watch(TrainerCallback):
     def __init__(self, report: Report) -> None:
         self._report = report
         self._predicted = 0
+        self._loss = 0.0
 
     def on_log(
         self,
@@ -153,12 +154,37 @@ class _Watch(TrainerCallback):
                 f"the training loss is {loss} at step {state.global_step} of {state.max_steps}; "
                 f"the learning rate was {args.learning_rate:g}, a smaller one may help"
             )
+        self._loss = loss
         self._report(state.global_step, state.max_steps, loss)
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:  # noqa: ARG002
+        """After each part of a batch that is accumulated: a large batch must not work on unheard."""
+        self._report(state.global_step, state.max_steps, self._loss)
 
     def on_prediction_step(self, *_: Any, eval_dataloader: Any = None, **__: Any) -> None:
         """After each batch of an evaluation."""
         self._predicted += 1
         self._report(self._predicted, len(eval_dataloader), 0.0)
+
+
+class _ExactTrainer(Trainer):
+    """Accumulates a batch from parts as if it had been one: every example weighs the same, in a short part too.
+
+    The Trainer would leave the division to any model whose forward takes `**kwargs`; classifiers do not divide.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.model_accepts_loss_kwargs = True  # so the examples of the whole batch are counted, whatever the model
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The part's share of the whole batch's mean loss."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if num_items_in_batch is not None:
+            loss = loss * (len(inputs["labels"]) / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
 
 class _OneDevice(TrainingArguments):
@@ -202,7 +228,7 @@ def _arguments(model: AdaptedModel, **more: Any) -> TrainingArguments:
 def _trainer(
     model: AdaptedModel, arguments: TrainingArguments, collator: Collator, callbacks: list[TrainerCallback], **more: Any
 ) -> Trainer:
-    trainer = Trainer(model=model.live, args=arguments, data_collator=collator, callbacks=callbacks, **more)
+    trainer = _ExactTrainer(model=model.live, args=arguments, data_collator=collator, callbacks=callbacks, **more)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -9,7 +9,7 @@ from coordinator.federation.events import (
     RoundOpened,
 )
 from coordinator.federation.ranks import select_cohort
-from coordinator.federation.state import Assignment, Contribution, Kind, OpenRound, Phase, State
+from coordinator.federation.state import Assignment, Kind, OpenRound, Phase, State
 
 
 def due(state: State, now: float) -> Event | None:
@@ -55,11 +55,10 @@ def _due_between_rounds(state: State, now: float) -> Event | None:
 
 def _due_in_training(state: State, opened: OpenRound, now: float) -> Event | None:
     rules = state.known_rules
-    quorum, have = rules.quorum_of(len(opened.assignments)), len(opened.updates)
+    quorum, have = rules.quorum_of(len(opened.assignments)), len(opened.contributions)
     is_late = now >= opened.deadline_at
     if have >= quorum and (is_late or not awaited(state, opened)):
-        inputs = tuple(Contribution(a.client_id, a.rank, a.update) for a in opened.updates if a.update)
-        return RoundClosed(inputs, now)
+        return RoundClosed(opened.contributions, now)
     if have + _still_possible(opened) < quorum:
         reason = f"only {have} of {quorum} updates, and too many clients failed: {_failures(opened)}"
         return RoundAbandoned(reason, opened.attempt % rules.max_attempts == 0)

@@ -33,6 +33,13 @@ class FederationFounded:
 
 
 @dataclass(frozen=True)
+class RulesChanged:
+    """The operator restarted the coordinator with other rules for rounds."""
+
+    rules: Rules
+
+
+@dataclass(frozen=True)
 class ClientJoined:
     """A client is new, came back, or brought a new profile."""
 
@@ -150,6 +157,7 @@ class PauseSet:
 
 Event: TypeAlias = (
     FederationFounded
+    | RulesChanged
     | ClientJoined
     | MembershipChanged
     | RankSet
@@ -178,6 +186,8 @@ def evolve(state: State, event: Event) -> State:  # noqa: C901, PLR0912 - one br
                 manifest_digest=manifest_digest,
                 adapter_digest=adapter_digest,
             )
+        case RulesChanged(rules):
+            return replace(state, rules=rules)
         case ClientJoined(client):
             return _with_client(state, client)
         case MembershipChanged():
@@ -200,9 +210,12 @@ def evolve(state: State, event: Event) -> State:  # noqa: C901, PLR0912 - one br
         case RoundClosed(_, closed_at):
             return replace(state, phase=Phase.AGGREGATING, closed_at=closed_at)
         case RoundAbandoned(reason, is_pausing):
-            paused = state.is_paused or is_pausing
-            reason = reason if is_pausing else state.pause_reason
-            return replace(_without_round(state), is_paused=paused, pause_reason=reason)
+            return replace(
+                _without_round(state),
+                is_paused=state.is_paused or is_pausing,
+                pause_reason=reason if is_pausing else state.pause_reason,
+                last_abandoned=reason,
+            )
         case AdapterPublished():
             return _published(state, event)
         case EvaluationClosed(evaluated_at):
@@ -276,9 +289,7 @@ def _task_failed(state: State, event: TaskFailed) -> State:
 
 def _published(state: State, event: AdapterPublished) -> State:
     opened = _open(state)
-    contributions = tuple(
-        Contribution(a.client_id, a.rank, a.update) for a in opened.assignments if a.update is not None
-    )
+    contributions = opened.contributions
     record = RoundRecord(
         number=opened.number,
         attempts=opened.attempt,
@@ -298,6 +309,7 @@ def _published(state: State, event: AdapterPublished) -> State:
             state,
             adapter_digest=event.adapter_digest,
             round=opened.number,
+            last_abandoned="",
             attempt=0,
             clients=clients,
             history=(*state.history, record),

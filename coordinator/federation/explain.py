@@ -13,7 +13,7 @@ def explain(state: State, now: float) -> str:
     if state.open is None:
         return _between_rounds(state)
     if state.phase is Phase.AGGREGATING:
-        return f"round {state.open.number} is closed with {len(state.open.updates)} updates; aggregating"
+        return f"round {state.open.number} is closed with {len(state.open.contributions)} updates; aggregating"
     return _in_round(state, state.open, now) + ("; paused after this round" if state.is_paused else "")
 
 
@@ -23,7 +23,8 @@ def _between_rounds(state: State) -> str:
         what = f"the evaluation of round {state.round}" if state.is_evaluation_due else f"round {state.round + 1}"
         return f"paused before {what}{why}; `raflora resume` goes on"
     here, needed = len(state.active_clients), state.known_rules.min_clients
-    return f"waiting for clients: {here} of {needed} are here"
+    given_up = f"; round {state.round + 1} was given up: {state.last_abandoned}" if state.last_abandoned else ""
+    return f"waiting for clients: {here} of {needed} are here{given_up}"
 
 
 def _in_round(state: State, opened: OpenRound, now: float) -> str:

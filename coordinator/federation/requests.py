@@ -1,17 +1,20 @@
 """What somebody may ask of a federation; step.py decides what becomes of it.
 
-Workers ask the first six, operators the next six, the engine the last three.
+Workers ask the first six, operators the next six, the service itself the rest.
 """
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite
 from typing import TypeAlias
 
 from common.errors import InvalidRequest
-from coordinator.federation.state import Evaluation, Profile, Rules, Update
+from coordinator.federation.state import Evaluation, Kind, Profile, Rules, Update
 
-_MAX_ID_CHARS = 200
+# What stands in metadata, file names of other systems and terminals: plain ASCII.
+_CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_ENROL_KEY = re.compile(r"[!-~]{1,200}")
 
 
 class Outcome(StrEnum):
@@ -45,6 +48,7 @@ class Claim:
     """A client fetches its task; `slice_digest` is what it will be handed."""
 
     client_id: str
+    kind: Kind
     number: int
     attempt: int
     slice_digest: str
@@ -134,6 +138,13 @@ class Found:
 
 
 @dataclass(frozen=True)
+class ChangeRules:
+    """The coordinator was started with other rules for rounds."""
+
+    rules: Rules
+
+
+@dataclass(frozen=True)
 class NoteSilence:
     """A client was silent for longer than its lease, or is heard again."""
 
@@ -170,6 +181,7 @@ Request: TypeAlias = (
     | Evict
     | SetRank
     | Found
+    | ChangeRules
     | NoteSilence
     | Publish
     | Tick
@@ -179,10 +191,10 @@ Request: TypeAlias = (
 def check_join(request: Join) -> None:
     """Raises InvalidRequest for what no federation takes, whatever its state."""
     whose, profile = f"client {request.client_id[:80]!r}", request.profile
-    if not 1 <= len(request.client_id) <= _MAX_ID_CHARS or not request.client_id.isprintable():
-        raise InvalidRequest(f"{whose}: a client id has 1 to {_MAX_ID_CHARS} printable characters")
-    if not 1 <= len(request.enrol_key) <= _MAX_ID_CHARS:
-        raise InvalidRequest(f"{whose}: an enrolment key of {len(request.enrol_key)} characters; 1 to {_MAX_ID_CHARS}")
+    if not _CLIENT_ID.fullmatch(request.client_id):
+        raise InvalidRequest(f"{whose}: a client id is 1 to 100 letters, digits, dots, dashes or underscores")
+    if not _ENROL_KEY.fullmatch(request.enrol_key):
+        raise InvalidRequest(f"{whose}: an enrolment key is 1 to 200 visible ASCII characters")
     if profile.max_rank < 1 or profile.num_examples < 1:
         raise InvalidRequest(
             f"{whose}: max_rank {profile.max_rank} and num_examples {profile.num_examples}; both must be at least 1"

@@ -59,6 +59,7 @@ class Rules:
     evaluate_every: int  # rounds; 0: never
     max_failures: int = 2  # of one client in one round
     max_attempts: int = 3  # of one round, then the federation pauses itself
+    max_clients: int = 10_000  # that may ever join
     rank_policy: RankPolicy = RankPolicy.DECLARED
     rank_table: tuple[tuple[str, int], ...] = ()  # (client-id pattern, rank), first match wins
     rank_levels: tuple[int, ...] = ()
@@ -86,7 +87,7 @@ class Client:
     """One participant."""
 
     client_id: str
-    enrol_key: str
+    enrol_key_digest: str  # SHA-256: the journal must not give the key away
     profile: Profile
     rank: int  # granted; used from the next round on
     order: int  # of joining, from 0
@@ -169,9 +170,9 @@ class OpenRound:
         return replace(self, assignments=changed)
 
     @property
-    def updates(self) -> tuple[Assignment, ...]:
-        """The parts that hold an accepted update."""
-        return tuple(a for a in self.assignments if a.update is not None)
+    def contributions(self) -> "tuple[Contribution, ...]":
+        """The accepted updates, ordered by client id."""
+        return tuple(Contribution(a.client_id, a.rank, a.update) for a in self.assignments if a.update is not None)
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,7 @@ class State:
     last_lease_token: int = 0
     is_paused: bool = False
     pause_reason: str = ""
+    last_abandoned: str = ""  # why the newest attempt of the coming round was given up
 
     @property
     def known_rules(self) -> Rules:
@@ -227,6 +229,14 @@ class State:
     def active_clients(self) -> tuple[Client, ...]:
         """By client id."""
         return tuple(c for _, c in sorted(self.clients.items()) if c.is_active)
+
+    @property
+    def rank_levels(self) -> tuple[int, ...]:
+        """The distinct ranks of the federation: those that its clients hold, and those that the cycle will grant."""
+        held = {c.rank for c in self.clients.values() if c.membership in (Membership.ACTIVE, Membership.LOST)}
+        rules = self.rules
+        granted = set(rules.rank_levels) if rules is not None and rules.rank_policy is RankPolicy.CYCLE else set()
+        return tuple(sorted(held | granted))
 
     def takeable_by(self, client_id: str) -> Assignment | None:
         """The client's part of the open round if it can still be worked on."""

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from common.errors import (
-    Evicted,
-    IdentityConflict,
     InvalidRequest,
     StaleRound,
     StaleSlice,
@@ -34,14 +32,16 @@ from coordinator.federation.events import (
     RankSet,
     RoundAbandoned,
     RoundClosed,
+    RulesChanged,
     TaskClaimed,
     TaskFailed,
     UpdateAccepted,
     evolve,
 )
-from coordinator.federation.ranks import grant_rank
+from coordinator.federation.members import enrolled
 from coordinator.federation.requests import (
     AbortRound,
+    ChangeRules,
     Claim,
     CloseRound,
     Evict,
@@ -59,7 +59,6 @@ from coordinator.federation.requests import (
     SubmitEvaluation,
     SubmitUpdate,
     Tick,
-    check_join,
 )
 from coordinator.federation.state import (
     Assignment,
@@ -124,54 +123,16 @@ def pending(state: State) -> tuple[Command, ...]:
     """The commands that are not finished; after a restart, all of them."""
     if state.phase is not Phase.AGGREGATING or state.open is None:
         return ()
-    inputs = contributions_of(state.open)
+    inputs = state.open.contributions
     return (Aggregate(state.open.number, state.open.attempt, state.adapter_digest, inputs),)
-
-
-def contributions_of(opened: OpenRound) -> tuple[Contribution, ...]:
-    """A round's accepted updates, ordered by client id."""
-    return tuple(Contribution(a.client_id, a.rank, a.update) for a in opened.assignments if a.update is not None)
-
-
-def member(state: State, client_id: str, enrol_key: str) -> Client:
-    """The client behind a call. Raises UnknownClient, Evicted or IdentityConflict."""
-    client = state.clients.get(client_id)
-    if client is None or client.membership is Membership.LEFT:
-        raise UnknownClient(f"client {client_id!r} has not joined this federation, or has left it; join first")
-    if client.membership is Membership.EVICTED:
-        raise Evicted(f"client {client_id!r} was evicted by the operator: {client.last_failure or 'no reason given'}")
-    if client.enrol_key != enrol_key:
-        raise IdentityConflict(
-            f"client {client_id!r}: another worker joined under this name with another enrolment key; "
-            "give every worker a name of its own"
-        )
-    return client
 
 
 # ---------------------------------------------------------------- what workers ask
 
 
 def _join(state: State, request: Join, _now: float) -> _Decision:
-    rules, known = state.known_rules, state.clients.get(request.client_id)
-    check_join(request)
-    # An active or evicted name belongs to its key; a lost or left one may be taken up by a rebuilt worker.
-    if known is not None and known.membership in (Membership.ACTIVE, Membership.EVICTED):
-        member(state, request.client_id, request.enrol_key)
-    order = known.order if known else len(state.clients)
-    rank = grant_rank(rules, request.client_id, request.profile, order)
-    if known is not None and known.rank_is_set:
-        rank = min(known.rank, request.profile.max_rank)
-    client = Client(
-        client_id=request.client_id,
-        enrol_key=request.enrol_key,
-        profile=request.profile,
-        rank=rank,
-        order=order,
-        rank_is_set=known.rank_is_set if known else False,
-        rounds_contributed=known.rounds_contributed if known else 0,
-        last_failure=known.last_failure if known else "",
-    )
-    return _NOTHING if client == known else (Outcome.ACCEPTED, (ClientJoined(client),))
+    client = enrolled(state, request)
+    return _NOTHING if client == state.clients.get(client.client_id) else (Outcome.ACCEPTED, (ClientJoined(client),))
 
 
 def _leave(state: State, request: Leave, _now: float) -> _Decision:
@@ -181,8 +142,12 @@ def _leave(state: State, request: Leave, _now: float) -> _Decision:
 
 
 def _claim(state: State, request: Claim, _now: float) -> _Decision:
-    opened, assignment = _part(state, request.client_id, request.number, request.attempt)
-    if opened is None or assignment is None or assignment.is_done or assignment.is_failed:
+    opened = state.open
+    asked = (request.kind, request.number, request.attempt)
+    if opened is None or (opened.kind, opened.number, opened.attempt) != asked:
+        return Outcome.STALE, ()
+    assignment = opened.assignment_of(request.client_id)
+    if assignment is None or assignment.is_done or assignment.is_failed:
         return Outcome.STALE, ()
     if state.phase is Phase.AGGREGATING:
         return Outcome.ROUND_CLOSED, ()
@@ -206,6 +171,11 @@ def _submit_update(state: State, request: SubmitUpdate, _now: float) -> _Decisio
     _check_lease_and_slice(assignment, request)
     if request.lease_token < assignment.lease_token:
         return Outcome.SUPERSEDED, ()
+    declared = state.clients[request.client_id].profile.num_examples
+    if request.update.num_examples > declared:
+        raise InvalidRequest(
+            f"client {request.client_id!r}: num_examples {request.update.num_examples}, but it joined with {declared}"
+        )
     return Outcome.ACCEPTED, (UpdateAccepted(request.client_id, request.update),)
 
 
@@ -229,13 +199,6 @@ def _fail(state: State, request: Fail, _now: float) -> _Decision:
         return Outcome.SUPERSEDED, ()  # 0 is nobody's lease, also while nobody has fetched the task
     is_final = assignment.failures + 1 >= state.known_rules.max_failures
     return Outcome.ACCEPTED, (TaskFailed(request.client_id, request.failure, is_final),)
-
-
-def _part(state: State, client_id: str, number: int, attempt: int) -> tuple[OpenRound | None, Assignment | None]:
-    opened = state.open
-    if opened is None or (opened.number, opened.attempt) != (number, attempt):
-        return None, None
-    return opened, opened.assignment_of(client_id)
 
 
 def _submitted_to(state: State, request: SubmitUpdate | SubmitEvaluation, kind: Kind) -> Assignment | Outcome:
@@ -280,7 +243,8 @@ def _check_lease_and_slice(assignment: Assignment, request: SubmitUpdate | Submi
 
 
 def _pause(state: State, _request: Pause, _now: float) -> _Decision:
-    return _NOTHING if state.is_paused else (Outcome.ACCEPTED, (PauseSet(True),))
+    is_moot = state.is_paused or state.phase is Phase.FINISHED
+    return _NOTHING if is_moot else (Outcome.ACCEPTED, (PauseSet(True),))
 
 
 def _resume(state: State, _request: Resume, _now: float) -> _Decision:
@@ -291,9 +255,9 @@ def _close_round(state: State, request: CloseRound, now: float) -> _Decision:
     opened = _named_round(state, request.number)
     if opened.kind is Kind.EVALUATE:
         return Outcome.ACCEPTED, (EvaluationClosed(now),)
-    if not opened.updates:
+    if not opened.contributions:
         raise InvalidRequest(f"round {opened.number} holds no update yet, so it cannot be closed; abort it instead")
-    return Outcome.ACCEPTED, (RoundClosed(contributions_of(opened), now),)
+    return Outcome.ACCEPTED, (RoundClosed(opened.contributions, now),)
 
 
 def _abort_round(state: State, request: AbortRound, now: float) -> _Decision:
@@ -317,7 +281,17 @@ def _evict(state: State, request: Evict, _now: float) -> _Decision:
     client = _known(state, request.client_id)
     if client.membership is Membership.EVICTED:
         return _NOTHING
-    return Outcome.ACCEPTED, (MembershipChanged(request.client_id, Membership.EVICTED, request.reason),)
+    evicted = MembershipChanged(request.client_id, Membership.EVICTED, request.reason)
+    opened = state.open
+    if opened is not None and state.phase is Phase.AGGREGATING and _contributed(opened, request.client_id):
+        # Its update must not be merged, and the frozen list must not change: the round is opened again.
+        is_pausing = opened.attempt % state.known_rules.max_attempts == 0
+        return Outcome.ACCEPTED, (evicted, RoundAbandoned(f"{request.client_id} was evicted", is_pausing))
+    return Outcome.ACCEPTED, (evicted,)
+
+
+def _contributed(opened: OpenRound, client_id: str) -> bool:
+    return any(contribution.client_id == client_id for contribution in opened.contributions)
 
 
 def _set_rank(state: State, request: SetRank, _now: float) -> _Decision:
@@ -347,6 +321,10 @@ def _found(state: State, request: Found, _now: float) -> _Decision:
         return _NOTHING
     founded = FederationFounded(request.rules, request.manifest_digest, request.adapter_digest)
     return Outcome.ACCEPTED, (founded,)
+
+
+def _change_rules(state: State, request: ChangeRules, _now: float) -> _Decision:
+    return _NOTHING if request.rules == state.rules else (Outcome.ACCEPTED, (RulesChanged(request.rules),))
 
 
 def _note_silence(state: State, request: NoteSilence, _now: float) -> _Decision:
@@ -385,6 +363,7 @@ _DECISIONS: Mapping[type[Request], Callable[[State, Any, float], _Decision]] = {
     Evict: _evict,
     SetRank: _set_rank,
     Found: _found,
+    ChangeRules: _change_rules,
     NoteSilence: _note_silence,
     Publish: _publish,
     Tick: _tick,

@@ -21,6 +21,7 @@ from coordinator.slices import BlobReference
 
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
+_LONGEST_HEARTBEAT_SECONDS = 10.0  # a person watches the progress
 _OUTCOMES = {
     Outcome.ACCEPTED: pb.SUBMIT_OUTCOME_ACCEPTED,
     Outcome.DUPLICATE: pb.SUBMIT_OUTCOME_DUPLICATE,
@@ -72,11 +73,12 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             request.client_id, request.enrol_key, profile, _spec_of(request.spec), request.base_model_digest
         )
         manifest = self._service.foundation.known_manifest
+        lease_ttl_seconds = self._service.config.rounds.lease_ttl_seconds
         return pb.JoinResponse(
             lora_rank=client.rank,
             manifest_digest=manifest.digest,
-            heartbeat_seconds=manifest.rounds.lease_ttl_seconds / 3,
-            lease_ttl_seconds=manifest.rounds.lease_ttl_seconds,
+            heartbeat_seconds=min(lease_ttl_seconds / 3, _LONGEST_HEARTBEAT_SECONDS),
+            lease_ttl_seconds=lease_ttl_seconds,
             chunk_bytes=CHUNK_BYTES,
             wire_dtype=manifest.adapter.wire_dtype,
             status_sentence=self._service.explanation(),

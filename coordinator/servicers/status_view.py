@@ -11,6 +11,7 @@ from coordinator.federation.state import (
     Client,
     Contribution,
     Kind,
+    Phase,
     RoundRecord,
     State,
 )
@@ -71,6 +72,14 @@ def forecast_of(service: CoordinatorService) -> pb.CollapseForecast:
 def warnings_of(state: State) -> list[str]:
     """What an operator should look at."""
     warnings = []
+    rules = state.rules
+    if rules is not None and state.clients and state.phase is Phase.WAITING_FOR_CLIENTS and not state.is_paused:
+        gone = [c.client_id for c in state.clients.values() if not c.is_active]
+        if gone and len(state.active_clients) < rules.min_clients:
+            warnings.append(
+                f"too few clients are left ({', '.join(gone[:3])} gone): start the coordinator again with a smaller "
+                "rounds.min_clients, or let another worker join"
+            )
     if state.is_paused and state.pause_reason:
         warnings.append(f"the federation paused itself: {state.pause_reason}")
     for (low, high), rounds in _uncovered(state.history).items():
@@ -111,15 +120,20 @@ def _assignment(service: CoordinatorService, assignment: Assignment) -> pb.Assig
         client_id=assignment.client_id,
         lora_rank=assignment.rank,
         state=_assignment_state(assignment),
-        activity=progress.activity if is_working else "",
+        activity=_activity(service, assignment, progress) if is_working else "",
         step=progress.step if is_working else 0,
         total_steps=progress.total_steps if is_working else 0,
         train_loss=progress.train_loss if is_working else 0.0,
         silent_seconds=silent,
-        late=not assignment.is_done and silent > service.config.rounds.lease_ttl_seconds,
+        late=not assignment.is_done and silent > service.config.rounds.lease_ttl_seconds / 2,
         failures=assignment.failures,
         last_failure=assignment.failure,
     )
+
+
+def _activity(service: CoordinatorService, assignment: Assignment, progress: Progress) -> str:
+    client = service.engine.state.clients[assignment.client_id]
+    return progress.activity if client.is_active else client.membership.value
 
 
 def _assignment_state(assignment: Assignment) -> pb.AssignmentState:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from common.codec import digest_of
 from common.errors import CorruptStore, UnknownBlob
-from common.transfer import check_digest, sync_folder, write_durably
+from common.transfer import check_digest, named_failures, sync_folder, write_durably
 
 
 class BlobStore(Protocol):
@@ -23,8 +23,8 @@ class BlobStore(Protocol):
     def open(self, digest: str) -> Path:
         """A local file with the bytes, to be read only. Raises UnknownBlob."""
 
-    def exists(self, digest: str) -> bool:
-        """Whether the bytes are here."""
+    def verify(self, digest: str) -> Path:
+        """Like open, after reading every byte. Raises CorruptStore if they are not those that were stored."""
 
     def delete(self, digest: str) -> None:
         """Forgets the bytes; does nothing if they are not here."""
@@ -56,15 +56,12 @@ class FileBlobs:
             raise UnknownBlob(f"blob {digest[:12]}: never stored here, or deleted")
         return path
 
-    def exists(self, digest: str) -> bool:
-        """See BlobStore."""
-        return self._path(digest).is_file()
-
     def delete(self, digest: str) -> None:
         """See BlobStore."""
         path = self._path(digest)
         if path.is_file():
-            path.unlink(missing_ok=True)
+            with named_failures(path):
+                path.unlink(missing_ok=True)
             sync_folder(path.parent)
 
     def adopt(self, path: Path, digest: str) -> None:
@@ -74,25 +71,17 @@ class FileBlobs:
         """
         target = self._path(digest)
         self._make_shard(target.parent)
-        with suppress(FileExistsError):
+        with named_failures(target), suppress(FileExistsError):
             os.link(path, target)
         sync_folder(target.parent)
 
     def verify(self, digest: str) -> Path:
-        """Like open, after reading every byte. Raises CorruptStore if they are not those that were stored."""
+        """See BlobStore."""
         path = self.open(digest)
         found = _digest_of_file(path)
         if found != digest:
             raise CorruptStore(f"blob {path}: its bytes changed on disk (their digest is {found[:12]})")
         return path
-
-    def total_bytes(self) -> int:
-        """What all blobs occupy together."""
-        total = 0
-        for path in self._root.glob("??/*"):
-            with suppress(FileNotFoundError):  # deleted while we count
-                total += 0 if path.suffix == ".part" else path.stat().st_size
-        return total
 
     def digests(self) -> set[str]:
         """The names of all blobs."""
@@ -109,7 +98,8 @@ class FileBlobs:
 
     def _make_shard(self, folder: Path) -> None:
         if not folder.is_dir():
-            folder.mkdir(exist_ok=True)
+            with named_failures(folder):
+                folder.mkdir(exist_ok=True)
         sync_folder(self._root)
 
 

@@ -3,7 +3,8 @@
 Field names and kinds are for ever; a new field needs a default. What is unknown is refused by name.
 """
 
-from typing import get_args
+import json
+from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -30,9 +31,11 @@ def event_of(entry: Entry) -> Event:
             f"journal entry {entry.sequence}: unknown event {entry.kind!r}; a newer version wrote it, start that one"
         )
     try:
-        return kind.validate_json(entry.body)
+        event = kind.validate_json(entry.body)
     except ValidationError as error:
         raise CorruptStore(f"journal entry {entry.sequence}: not a {entry.kind}: {error}") from None
+    _refuse_unknown(json.loads(entry.body), json.loads(kind.dump_json(event)), f"journal entry {entry.sequence}")
+    return event
 
 
 def snapshot_of(state: State) -> str:
@@ -43,6 +46,20 @@ def snapshot_of(state: State) -> str:
 def state_of(snapshot: str) -> State:
     """The inverse. Raises CorruptStore."""
     try:
-        return _STATE.validate_json(snapshot)
+        state = _STATE.validate_json(snapshot)
     except ValidationError as error:
         raise CorruptStore(f"journal snapshot: not a state of this version: {error}") from None
+    _refuse_unknown(json.loads(snapshot), json.loads(snapshot_of(state)), "journal snapshot")
+    return state
+
+
+def _refuse_unknown(found: Any, understood: Any, where: str) -> None:
+    """Raises CorruptStore for a field that this version would drop: a newer one meant something by it."""
+    if isinstance(found, dict):
+        for name, value in found.items():
+            if name not in understood:
+                raise CorruptStore(f"{where}: unknown field {name!r}; a newer version wrote it, start that one")
+            _refuse_unknown(value, understood[name], where)
+    elif isinstance(found, list):
+        for value, kept in zip(found, understood, strict=True):
+            _refuse_unknown(value, kept, where)

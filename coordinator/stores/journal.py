@@ -5,6 +5,7 @@ at the first entry. Nothing here knows what an event means.
 """
 
 import hashlib
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, Operati
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
-from common.errors import ConfigError, CorruptStore, JournalConflict, Unavailable
+from common.errors import ConfigError, CorruptStore, JournalConflict, RafloraError, StorageFailed, TooBusy, Unavailable
 from common.transfer import sync_folder
 
 SCHEMA_VERSION = 1
@@ -43,7 +44,8 @@ class Journal(Protocol):
     def append(self, federation: str, entries: Sequence[Entry]) -> None:
         """All or none of the entries, durable when it returns.
 
-        Raises JournalConflict if the first is not the very next one; Unavailable if nothing could be tried.
+        Raises JournalConflict if the first is not the very next one, TooBusy if the disk is full, StorageFailed
+        if it is broken; Unavailable if nothing could be tried.
         """
 
     def read(self, federation: str, after: int = 0) -> Iterator[Entry]:
@@ -105,7 +107,7 @@ class SqlJournal:
     """
 
     def __init__(self, url: str) -> None:
-        address = _parse_url(url)
+        address = _prepared(url)
         self._engine = _engine(address)
         try:
             with self._transaction() as connection:
@@ -208,16 +210,33 @@ class SqlJournal:
         except PoolTimeout:
             raise Unavailable(f"journal: its connection was in use for {WAIT_SECONDS:g} s") from None
         except OperationalError as error:
-            if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
-                raise Unavailable(
-                    f"journal {self._engine.url.database}: another process has locked it for {WAIT_SECONDS:g} s"
-                ) from None
-            raise
+            raise _named(error, self._engine.url) from error
         except DatabaseError as error:
             # SQLite reports SQLITE_CORRUPT and SQLITE_NOTADB as exactly this class, the rest as subclasses.
             if type(error) is DatabaseError:
                 raise CorruptStore(f"journal {self._engine.url.database}: {error.orig}") from None
             raise
+
+
+def public_name(url: str) -> str:
+    """Which database a URL names, without user, password and options; for people, and to tell databases apart."""
+    address = _address_of(url)
+    where = f"{address.host or ''}{f':{address.port}' if address.port else ''}"
+    return f"{address.get_backend_name()}://{where}/{address.database or ''}"
+
+
+def _named(error: OperationalError, address: URL) -> RafloraError | OperationalError:
+    """What went wrong with SQLite, as a type; another database's error stays what it is."""
+    # The low byte is the primary code, the rest says which of many input/output errors it was.
+    match getattr(error.orig, "sqlite_errorcode", 0) & 0xFF:
+        case sqlite3.SQLITE_BUSY:
+            return Unavailable(f"journal {address.database}: another process has locked it for {WAIT_SECONDS:g} s")
+        case sqlite3.SQLITE_FULL:
+            return TooBusy(f"journal {address.database}: the disk is full; try again later")
+        case sqlite3.SQLITE_IOERR:
+            return StorageFailed(f"journal {address.database}: the disk did not keep what it was given: {error.orig}")
+        case _:
+            return error
 
 
 _METADATA = sql.MetaData()
@@ -263,20 +282,30 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _parse_url(url: str) -> URL:
+def _address_of(url: str) -> URL:
     try:
-        address = make_url(url)
+        return make_url(url)
     except ArgumentError:
         # The text is not repeated: it may hold a password.
         raise ConfigError("journal: not a database URL, such as sqlite:///state/journal.db") from None
+
+
+def _prepared(url: str) -> URL:
+    """The address; for SQLite its file is there and nobody else's to read (the enrolment keys are inside)."""
+    address = _address_of(url)
     if address.get_backend_name() == "sqlite":
         if address.database in {None, "", ":memory:"}:
             raise ConfigError(f"journal: {url!r} names no file, so nothing would survive a restart")
-        folder = Path(str(address.database)).parent
+        file = Path(str(address.database))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"journal: {folder} cannot be made: {error.strerror}") from None
+            raise ConfigError(f"journal: {file.parent} cannot be made: {error.strerror}") from None
+        try:
+            # SQLite gives its -wal and -shm files the same mode.
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise ConfigError(f"journal {file}: cannot be opened: {error.strerror}") from None
     return address
 
 

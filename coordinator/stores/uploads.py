@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.errors import CorruptStore, CorruptTransfer, InvalidRequest, TooBusy, UnknownBlob, UploadTakenOver
-from common.transfer import Expected, PartFile, check_digest, sync_folder
+from common.transfer import Expected, PartFile, check_digest, named_failures, sync, sync_folder
 from coordinator.stores.blobs import FileBlobs
 
 _FILE_NAME = re.compile(r"(?P<digest>[0-9a-f]{64})(\.(?P<size_bytes>[0-9]{1,18})\.part)?")
@@ -32,13 +32,6 @@ class Upload:
         self._desk = desk
         self._part = part
         self._expected = expected
-
-    @property
-    def committed_bytes(self) -> int:
-        """How much is durable: where the sender goes on after an interruption."""
-        with self._desk.lock:
-            self._check_is_current()
-            return self._part.committed_bytes
 
     def append(self, offset: int, data: bytes) -> None:
         """Writes the next chunk. Raises WrongOffset or WrongSize, and writes nothing then."""
@@ -108,11 +101,10 @@ class UploadSpool:
             finally:
                 desk.end_stream()
 
-    def open(self, client_id: str, digest: str, size_bytes: int | None = None) -> Upload:
+    def open(self, client_id: str, digest: str) -> Upload:
         """The stream of an upload that was announced; ends an older stream of this client.
 
-        Raises UnknownBlob if it was not announced or is complete already, InvalidRequest if it was announced
-        with another size, TooBusy if no stream is free.
+        Raises UnknownBlob if it was not announced or is complete already, TooBusy if no stream is free.
         """
         desk = self._desk_of(client_id)
         with desk.lock:
@@ -120,8 +112,6 @@ class UploadSpool:
             if path is None:
                 raise UnknownBlob(f"client {client_id}: no upload of {digest[:12]} is open; announce it first")
             expected = _expected(client_id, digest, _announced_bytes(path))
-            if size_bytes is not None:
-                _check_announced(expected, size_bytes)
             desk.end_stream()
             return Upload(desk, desk.start_stream(path, expected), expected)
 
@@ -146,14 +136,11 @@ class UploadSpool:
         with self._desk_of(client_id).lock:
             self._blobs.adopt(self.completed_path(client_id, digest), digest)
 
-    def discard(self, client_id: str, digest: str | None = None) -> None:
-        """Forgets one upload of the client, or all of them; ends its stream."""
+    def discard(self, client_id: str, digest: str) -> None:
+        """Forgets one upload of the client; ends its stream."""
         desk = self._desk_of(client_id)
         with desk.lock:
-            if digest is None:
-                desk.forget_all()
-            else:
-                desk.forget(check_digest(digest, f"client {client_id}"))
+            desk.forget(check_digest(digest, f"client {client_id}"))
 
     def sweep(self, client_ids: Iterable[str]) -> None:
         """Forgets the uploads of everybody but these clients."""
@@ -208,8 +195,10 @@ class _Desk:
         """The part file of this upload, its size in the name so that a restart knows it; drops all others."""
         path = self.folder / f"{expected.digest}.{expected.size_bytes}.part"
         _remove(older for older in self.folder.glob("*.part") if older != path)
-        self.folder.mkdir(exist_ok=True)
-        path.touch()
+        with named_failures(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        with named_failures(path):
+            path.touch()
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
         return path
@@ -260,7 +249,7 @@ def _announced_bytes(part: Path) -> int:
 def _durable_bytes(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor, path)
         return os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)

@@ -13,6 +13,7 @@ from coordinators import (
     CoordinatorProcess,
     clients_of,
     config_of,
+    entries_of,
     observing,
     serving,
     settings_of,
@@ -25,7 +26,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from raflora.v1 import admin_pb2, status_pb2
 
 from common.codec import digest_of
-from common.errors import BaseModelMismatch, ConfigError, StateInUse, Unavailable
+from common.errors import BaseModelMismatch, ConfigError, StateInUse
 from coordinator.server import SERVICES, run_coordinator
 from worker.messages import Progress, TaskKind
 
@@ -238,7 +239,7 @@ async def test_two_coordinators_cannot_share_a_state_folder(tmp_path: Path) -> N
 
 async def test_two_coordinators_cannot_share_a_port(tmp_path: Path) -> None:
     async with serving(config_of(tmp_path)) as address:
-        with pytest.raises(Unavailable, match=f"server.listen: {address} cannot be bound; is another coordinator"):
+        with pytest.raises(ConfigError, match=f"server.listen: {address} cannot be bound; is another coordinator"):
             async with serving(config_of(tmp_path / "other", server__listen=address)):
                 pass
 
@@ -265,6 +266,19 @@ def spec_file(folder: Path) -> str:
     tensors = [{"name": t.name, "shape": list(t.shape)} for t in SPEC.tensors]
     file.write_text(json.dumps({"base_model_digest": BASE_MODEL, "modules": modules, "tensors": tensors}))
     return str(file)
+
+
+async def test_a_restart_may_change_when_rounds_open_and_close(tmp_path: Path) -> None:
+    two = {"ada": 2, "bob": 4}
+    config = config_of(tmp_path, rounds__min_clients=3)
+    async with serving(config) as address, observing(address) as observer, clients_of(address, two):
+        assert "2 of 3 are here" in (await observer.see()).explanation
+    smaller = config_of(tmp_path, rounds__min_clients=2)
+    async with serving(smaller) as address, observing(address) as observer:
+        async for seen in observer.status.WatchStatus(status_pb2.WatchStatusRequest()):
+            if seen.status.phase == status_pb2.PHASE_TRAINING:
+                break
+    assert [entry.kind for entry in entries_of(smaller)][-2:] == ["RulesChanged", "RoundOpened"]
 
 
 async def test_a_spec_file_founds_the_federation_before_anybody_joins(tmp_path: Path) -> None:

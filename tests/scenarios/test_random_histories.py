@@ -43,7 +43,7 @@ from coordinator.federation.requests import (
     SubmitUpdate,
     Tick,
 )
-from coordinator.federation.state import Evaluation, Membership, Phase, Profile, State, Update
+from coordinator.federation.state import Evaluation, Kind, Membership, Phase, Profile, State, Update
 from coordinator.federation.step import pending, step
 from coordinator.stores.event_codec import entry_of, event_of, snapshot_of, state_of
 from coordinator.stores.journal import Entry
@@ -148,10 +148,10 @@ class Histories(RuleBasedStateMachine):
     def join(self, client_id: str, max_rank: int, key: str) -> None:
         self.ask(Join(client_id, client_id if key in ("", client_id) else key, Profile(max_rank, 10)))
 
-    @rule(client_id=CLIENTS, twist=TWISTS)
-    def claim(self, client_id: str, twist: str) -> None:
+    @rule(client_id=CLIENTS, twist=TWISTS, kind=st.sampled_from(Kind))
+    def claim(self, client_id: str, twist: str, kind: Kind) -> None:
         number, attempt = self.a_round(twist)
-        self.ask(Claim(client_id, number, attempt, self.slice_of(client_id)))
+        self.ask(Claim(client_id, kind, number, attempt, self.slice_of(client_id)))
 
     @rule(client_id=CLIENTS, digest=st.sampled_from(["one", "two"]), twist=TWISTS)
     def submit_update(self, client_id: str, digest: str, twist: str) -> None:
@@ -167,7 +167,7 @@ class Histories(RuleBasedStateMachine):
         opened = self.state.open
         if opened is None:
             return
-        self.ask(Claim(client_id, opened.number, opened.attempt, self.slice_of(client_id)))
+        self.ask(Claim(client_id, opened.kind, opened.number, opened.attempt, self.slice_of(client_id)))
         part = opened.assignment_of(client_id) and self.state.open and self.state.open.assignment_of(client_id)
         if part:
             update = Update(f"good of {client_id}", 100, 10)
@@ -243,7 +243,7 @@ class Histories(RuleBasedStateMachine):
     def nothing_acknowledged_is_lost_or_counted_twice(self) -> None:
         opened = self.state.open
         if opened is not None and self.state.phase in (Phase.TRAINING, Phase.AGGREGATING):
-            assert {a.client_id: a.update.digest for a in opened.updates if a.update} == self.held()
+            assert {c.client_id: c.update.digest for c in opened.contributions} == self.held()
         for record in self.state.history:
             counted = {c.client_id: c.update.digest for c in record.contributions}
             assert len(counted) == len(record.contributions)

@@ -44,7 +44,6 @@ def test_a_spec_is_the_same_in_whatever_order_it_was_written() -> None:
     assert turned == SPEC
     assert [module.name for module in SPEC.modules] == ["query", "value"]
     assert SPEC.largest_rank == 5
-    assert SPEC.by_name["value"].in_features == 8
 
 
 @pytest.mark.parametrize(
@@ -144,3 +143,12 @@ def test_a_global_rank_that_does_not_fit_names_the_narrow_module() -> None:
         initial_adapter(SPEC, rank=6, seed=1)
     with pytest.raises(WrongRank):
         initial_adapter(SPEC, rank=0, seed=1)
+
+
+def test_a_spec_that_would_fill_the_memory_is_refused_before_anything_is_allocated() -> None:
+    side = 1 << 24
+    with pytest.raises(InvalidRequest, match=r"at most 1073741824 are allowed"):
+        AdapterSpec((ModuleShape("a", 2, 2),), (TensorShape("head", (side, side)),))
+    wide = AdapterSpec((ModuleShape("a", side, side),))
+    with pytest.raises(InvalidRequest, match="numbers at rank 64"):
+        initial_adapter(wide, 64, seed=0)

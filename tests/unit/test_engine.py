@@ -2,81 +2,32 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rounds import ADA, BOB, CEM, EVERYBODY, RULES, Act, claims, joins, publishes, trains
+from engines import FOUND, ROUND_ONE, Bench, WatchedJournal, play
+from rounds import ADA, BOB, CEM, EVERYBODY, RULES, claims, joins, publishes, trains
+from structlog.testing import capture_logs
 
 import coordinator.engine
-from common.errors import CorruptStore, JournalConflict, RafloraError, Unavailable, UnknownClient
-from coordinator.clock import FederationClock
+from common.errors import (
+    CorruptStore,
+    JournalConflict,
+    RafloraError,
+    StorageFailed,
+    TooBusy,
+    Unavailable,
+    UnknownClient,
+)
 from coordinator.engine import Engine
-from coordinator.federation.requests import Evict, Found, Leave, Outcome, Pause, Resume, Tick
-from coordinator.federation.state import Membership, Phase
+from coordinator.federation.requests import Evict, Leave, Outcome, Pause, Resume, Tick
+from coordinator.federation.state import Membership, Phase, State
 from coordinator.federation.step import Command, pending
-from coordinator.stores.journal import Entry, Journal, MemoryJournal, SqlJournal
-
-FOUND = Found(RULES, "manifest", "adapter-0")
-
-
-class Monotonic:
-    """A machine's clock that stands where the test puts it."""
-
-    def __init__(self, seconds: float = 5000.0) -> None:
-        self.seconds = seconds
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
-class WatchedJournal(MemoryJournal):
-    """Remembers its commits and reads, can be held up, and can fail."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.commits: list[int] = []
-        self.read_after: list[int] = []
-        self.begun = threading.Event()
-        self.may_go_on = threading.Event()
-        self.may_go_on.set()
-        self.failure: Exception | None = None
-
-    def append(self, federation: str, entries: Sequence[Entry]) -> None:
-        self.begun.set()
-        assert self.may_go_on.wait(timeout=30)
-        if self.failure is not None:
-            raise self.failure
-        super().append(federation, entries)
-        self.commits.append(len(entries))
-
-    def read(self, federation: str, after: int = 0) -> Iterator[Entry]:
-        self.read_after.append(after)
-        return super().read(federation, after)
-
-
-class Bench:
-    """Engines on one journal, one after the other."""
-
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
-        self.monotonic = Monotonic()
-        self.commands: list[Command] = []
-
-    def engine(self) -> Engine:
-        return Engine("digits", self.journal, self.commands.append, lambda at: FederationClock(at, self.monotonic))
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[Engine]:
-        engine = self.engine()
-        task = asyncio.create_task(engine.run())
-        try:
-            yield engine
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+from coordinator.stores.event_codec import event_of, snapshot_of, state_of
+from coordinator.stores.journal import Entry, MemoryJournal, SqlJournal
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -84,14 +35,6 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     journal = MemoryJournal() if request.param == "memory" else SqlJournal(f"sqlite:///{tmp_path / 'journal.sqlite'}")
     yield Bench(journal)
     journal.close()
-
-
-async def play(engine: Engine, *acts: Act) -> None:
-    for act in acts:
-        await engine.submit(act(engine.state) if callable(act) else act)
-
-
-ROUND_ONE = (FOUND, *map(joins, EVERYBODY))
 
 
 # ---------------------------------------------------------------- restarts
@@ -267,6 +210,65 @@ async def test_a_caller_that_hangs_up_does_not_undo_its_request() -> None:
         assert (await engine.submit(FOUND)).outcome is Outcome.DUPLICATE
 
 
+async def test_a_full_disk_refuses_and_the_engine_goes_on() -> None:
+    journal = WatchedJournal()
+    async with Bench(journal).running() as engine:
+        await engine.submit(FOUND)
+        before, journal.failure = engine.state, TooBusy("the disk is full")
+        with pytest.raises(TooBusy):
+            await engine.submit(joins(ADA))
+        assert engine.state == before
+        journal.failure = None
+        assert (await engine.submit(joins(ADA))).outcome is Outcome.ACCEPTED
+
+
+async def test_a_disk_that_failed_somebody_else_ends_the_engine() -> None:
+    engine = Bench(MemoryJournal()).engine()
+    running = asyncio.create_task(engine.run())
+    await engine.submit(FOUND)
+    engine.end_with(StorageFailed("blob 1: the first"))
+    engine.end_with(StorageFailed("blob 2: what followed from it"))
+    with pytest.raises(StorageFailed, match="the first"):
+        await running
+    with pytest.raises(Unavailable):
+        await engine.submit(joins(ADA))
+
+
+async def test_nobody_is_answered_for_a_command_that_could_not_be_started() -> None:
+    def carry_out(_: Command) -> None:
+        raise RuntimeError("no room for another task")
+
+    engine = Engine("digits", MemoryJournal(), carry_out)
+    running = asyncio.create_task(engine.run())
+    await play(engine, *ROUND_ONE, *(act for c in (ADA, BOB) for act in trains(c)))
+    with pytest.raises(Unavailable):
+        await play(engine, *trains(CEM))
+    with pytest.raises(RuntimeError, match="no room"):
+        await running
+
+
+async def test_a_commit_does_not_queue_behind_slow_work() -> None:
+    release = threading.Event()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    slow = asyncio.create_task(asyncio.to_thread(release.wait, 30))
+    async with Bench(MemoryJournal()).running() as engine:
+        assert (await engine.submit(FOUND)).outcome is Outcome.ACCEPTED
+        assert not slow.done()
+        release.set()
+        await slow
+
+
+async def test_the_log_names_every_event_by_its_own_number() -> None:
+    with capture_logs() as logged:
+        async with Bench(MemoryJournal()).running() as engine:
+            await asyncio.gather(*(engine.submit(request) for request in (FOUND, joins(ADA), joins(BOB))))
+    assert [(e["kind"], e["sequence"]) for e in logged if e["event"] == "event"] == [
+        ("FederationFounded", 1),
+        ("ClientJoined", 2),
+        ("ClientJoined", 3),
+    ]
+
+
 # ---------------------------------------------------------------- time and silence
 
 
@@ -345,3 +347,11 @@ async def test_an_order_and_its_opposite_in_one_batch_leave_two_entries() -> Non
         await play(engine, FOUND)
         await asyncio.gather(engine.submit(Pause()), engine.submit(Resume()))
     assert journal.commits == [1, 2]
+
+
+def test_a_field_of_a_newer_version_is_refused_by_name() -> None:
+    with pytest.raises(CorruptStore, match="entry 7: unknown field 'until'"):
+        event_of(Entry(7, 1.0, "PauseSet", '{"is_paused": true, "until": 99}'))
+    newer = snapshot_of(State()).replace('"round":0', '"round":0,"mood":1')
+    with pytest.raises(CorruptStore, match="unknown field 'mood'"):
+        state_of(newer)

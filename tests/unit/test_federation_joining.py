@@ -20,11 +20,12 @@ from rounds import (
     transition,
 )
 
-from common.errors import Evicted, IdentityConflict, InvalidRequest, UnknownClient, WrongRank
+from common.errors import Evicted, IdentityConflict, InvalidRequest, TooBusy, UnknownClient, WrongRank
 from coordinator.federation.ranks import select_cohort
-from coordinator.federation.requests import Join, Leave, NoteSilence, Outcome, SetRank
+from coordinator.federation.requests import Join, Leave, Outcome, SetRank
 from coordinator.federation.state import Client, Membership, Profile, RankPolicy, State
-from coordinator.federation.step import member
+from coordinator.federation.members import member
+from coordinator.stores.event_codec import snapshot_of
 
 
 def rank_of(state: State, client_id: str) -> int:
@@ -67,28 +68,51 @@ def test_an_active_name_belongs_to_its_key() -> None:
         member(state, ADA, "another")
 
 
-@pytest.mark.parametrize("farewell", [Leave(ADA), lost(ADA)])
-def test_a_name_that_is_lost_or_left_may_be_taken_up_by_a_rebuilt_worker(farewell: Leave | NoteSilence) -> None:
-    state = after(joins(ADA), farewell, joins(ADA, key="rebuilt"), start=founded())
+def test_a_name_that_was_left_may_be_taken_up_by_a_rebuilt_worker() -> None:
+    state = after(joins(ADA), Leave(ADA), joins(ADA, key="rebuilt"), start=founded())
     assert member(state, ADA, "rebuilt").is_active
     with pytest.raises(IdentityConflict):
-        member(state, ADA, "key of ada")
+        member(state, ADA, "key-of-ada")
+
+
+def test_silence_gives_a_name_to_nobody_else() -> None:
+    state = after(joins(ADA), lost(ADA), start=founded())
+    with pytest.raises(IdentityConflict):
+        after(joins(ADA, key="thief"), start=state)
+    assert member(after(joins(ADA), start=state), ADA, "key-of-ada").is_active
+
+
+def test_the_state_does_not_hold_the_key() -> None:
+    assert "key-of-ada" not in snapshot_of(after(joins(ADA), start=founded()))
+
+
+@pytest.mark.parametrize("client_id", ["", "zürich", "two words", "a/b", "-dash", "x" * 101])
+def test_a_client_id_is_plain_ascii(client_id: str) -> None:
+    with pytest.raises(InvalidRequest, match="letters, digits, dots, dashes or underscores"):
+        after(joins(client_id, key="key"), start=founded())
+
+
+def test_no_more_clients_than_allowed_may_join() -> None:
+    state = after(joins(ADA), start=founded(max_clients=1, min_clients=9))
+    with pytest.raises(TooBusy, match="1 clients have joined"):
+        after(joins(BOB), start=state)
+    assert after(joins(ADA, max_rank=1), start=state).clients[ADA].profile.max_rank == 1
 
 
 def test_a_client_that_left_is_unknown_until_it_joins_again() -> None:
     state = after(joins(ADA), Leave(ADA), start=founded())
     with pytest.raises(UnknownClient, match="has left"):
-        member(state, ADA, "key of ada")
-    assert member(after(joins(ADA), start=state), ADA, "key of ada").is_active
+        member(state, ADA, "key-of-ada")
+    assert member(after(joins(ADA), start=state), ADA, "key-of-ada").is_active
 
 
 def test_a_lost_client_is_still_a_member_and_returns() -> None:
     state = after(joins(ADA), lost(ADA), start=founded())
-    assert member(state, ADA, "key of ada").membership is Membership.LOST
+    assert member(state, ADA, "key-of-ada").membership is Membership.LOST
     assert after(returns(ADA), start=state).clients[ADA].is_active
 
 
-@pytest.mark.parametrize("key", ["key of ada", "another"])
+@pytest.mark.parametrize("key", ["key-of-ada", "another"])
 def test_an_evicted_client_cannot_join_again_and_is_told_why(key: str) -> None:
     state = after(joins(ADA), evicts(ADA), start=founded())
     with pytest.raises(Evicted, match="sends noise"):

@@ -1,5 +1,7 @@
 """The operator's levers, and what the federation says of itself in a sentence."""
 
+from dataclasses import replace
+
 import pytest
 from rounds import (
     ADA,
@@ -29,7 +31,7 @@ from rounds import (
 
 from common.errors import InvalidRequest, StaleRound
 from coordinator.federation.explain import explain
-from coordinator.federation.requests import AbortRound, CloseRound, Leave, Outcome, Pause, Resume, SetRank
+from coordinator.federation.requests import AbortRound, ChangeRules, CloseRound, Leave, Outcome, Pause, Resume, SetRank
 from coordinator.federation.state import Kind, Phase, State
 from coordinator.federation.step import pending
 
@@ -77,7 +79,7 @@ def test_closing_or_aborting_an_evaluation_ends_it() -> None:
 
 def test_aborting_throws_the_updates_away_and_opens_another_attempt() -> None:
     state = after(*trains(ADA), AbortRound(1), start=started())
-    assert (opened(state).attempt, opened(state).updates) == (2, ())
+    assert (opened(state).attempt, opened(state).contributions) == (2, ())
 
 
 def test_aborting_works_while_aggregating() -> None:
@@ -135,7 +137,10 @@ TRAINED = tuple(act for c in EVERYBODY for act in trains(c))
         ),
         (TRAINED, "round 1 is closed with 3 updates; aggregating"),
         ((Pause(), *TRAINED, publishes()), "paused before round 2; `raflora resume` goes on"),
-        ((Leave(ADA), AbortRound(1)), "waiting for clients: 2 of 3 are here"),
+        (
+            (Leave(ADA), AbortRound(1)),
+            "waiting for clients: 2 of 3 are here; round 1 was given up: aborted by the operator",
+        ),
         ((*one_round(), *one_round()), "finished: 2 of 2 rounds are published"),
     ],
 )
@@ -169,3 +174,12 @@ def test_a_large_cohort_is_named_by_its_first_three() -> None:
 
 def test_before_it_is_founded_it_waits_for_a_spec() -> None:
     assert explain(State(), 0.0) == "waiting for the first worker to say which layers are adapted"
+
+
+def test_other_rules_count_from_the_restart_on() -> None:
+    state = after(Leave(ADA), AbortRound(1), start=started())
+    assert state.open is None
+    smaller = replace(state.known_rules, min_clients=2, quorum=2)
+    state = after(ChangeRules(smaller), start=state)
+    assert [a.client_id for a in opened(state).assignments] == [BOB, CEM]
+    assert outcome(state, ChangeRules(smaller)) is Outcome.DUPLICATE

@@ -77,7 +77,7 @@ def test_a_round_without_its_quorum_is_extended_once() -> None:
 def test_then_it_is_given_up_and_opened_anew_with_nothing_in_it() -> None:
     state = after(*trains(ADA), tick(100.0), tick(200.0), start=started())
     assert (opened(state).number, opened(state).attempt, opened(state).deadline_at) == (1, 2, 300.0)
-    assert not opened(state).updates
+    assert not opened(state).contributions
     assert state.adapter_digest == "adapter-0"
 
 
@@ -120,10 +120,19 @@ def test_the_frozen_inputs_of_the_event_are_those_of_the_command() -> None:
 def test_nothing_can_change_the_inputs_of_a_closed_round() -> None:
     state = after(*(act for c in EVERYBODY for act in trains(c)), start=started())
     frozen = pending(state)
-    for act in (evicts(ADA), lost(BOB), Leave(CEM), joins(BOB, max_rank=1), tick(1e6).act):
+    for act in (lost(BOB), Leave(CEM), joins(BOB, max_rank=1), tick(1e6).act):
         state = after(At(500.0, act), start=state)
     assert pending(state) == frozen
     assert after(publishes(), start=state).round == 1
+
+
+def test_an_eviction_of_a_contributor_while_aggregating_gives_the_round_up() -> None:
+    state = after(*(act for c in EVERYBODY for act in trains(c)), start=started())
+    late = publishes()(state)
+    state = after(evicts(ADA), start=state)
+    assert state.open is None  # it opens again, without ada, when enough clients are here
+    assert pending(state) == ()
+    assert outcome(state, late) is Outcome.STALE
 
 
 def test_an_aggregation_that_ends_after_its_round_was_aborted_is_stale() -> None:

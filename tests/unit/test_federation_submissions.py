@@ -25,9 +25,9 @@ from rounds import (
     uploads,
 )
 
-from common.errors import StaleRound, StaleSlice, UnknownTask, UpdateConflict
+from common.errors import InvalidRequest, StaleRound, StaleSlice, UnknownTask, UpdateConflict
 from coordinator.federation.requests import Claim, Fail, Outcome, Publish
-from coordinator.federation.state import Phase, State
+from coordinator.federation.state import Kind, Phase, State
 
 
 def closed() -> State:
@@ -64,7 +64,7 @@ def test_who_claims_again_supersedes_the_older_holder() -> None:
 
 @pytest.mark.parametrize(("number", "attempt"), [(2, 1), (1, 2), (0, 0)])
 def test_a_claim_for_another_round_is_stale(number: int, attempt: int) -> None:
-    assert outcome(started(), Claim(ADA, number, attempt, "slice")) is Outcome.STALE
+    assert outcome(started(), Claim(ADA, Kind.TRAIN, number, attempt, "slice")) is Outcome.STALE
 
 
 def test_a_task_that_is_done_cannot_be_claimed_again() -> None:
@@ -211,3 +211,19 @@ def test_a_result_counts_once() -> None:
     state = after(result, start=closed())
     assert outcome(state, result) is Outcome.STALE
     assert (state.round, state.phase, len(opened(state).assignments)) == (1, Phase.TRAINING, len(EVERYBODY))
+
+
+def test_a_claim_for_training_is_stale_in_the_evaluation_of_the_same_round_and_attempt() -> None:
+    state = after(*one_round(), start=started(evaluate_every=1))
+    assert (opened(state).kind, opened(state).number, opened(state).attempt) == (Kind.EVALUATE, 1, 1)
+    assert outcome(state, Claim(ADA, Kind.TRAIN, 1, 1, "slice")) is Outcome.STALE
+    assert outcome(state, Claim(ADA, Kind.EVALUATE, 1, 1, "slice")) is Outcome.ACCEPTED
+
+
+def test_an_update_cannot_weigh_more_than_the_client_declared() -> None:
+    state = after(claims(ADA), start=started())
+    heavy = uploads(ADA)(state)
+    declared = state.clients[ADA].profile.num_examples
+    heavier = replace(heavy, update=replace(heavy.update, num_examples=declared + 1))
+    with pytest.raises(InvalidRequest, match=f"it joined with {declared}"):
+        outcome(state, heavier)

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
-from common.errors import ConfigError, CorruptStore, JournalConflict, Unavailable
+from common.errors import ConfigError, CorruptStore, JournalConflict, RafloraError, StorageFailed, TooBusy, Unavailable
 from coordinator.stores import journal as journal_module
-from coordinator.stores.journal import PAGE_ENTRIES, Entry, Journal, MemoryJournal, SqlJournal
+from coordinator.stores.journal import PAGE_ENTRIES, Entry, Journal, MemoryJournal, SqlJournal, public_name
 
 
 def entry(sequence: int, body: str = "{}") -> Entry:
@@ -285,3 +286,40 @@ def test_sqlite_is_set_to_survive_a_power_cut(tmp_path: Path) -> None:
         }
     journal.close()
     assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "mmap_size": 0}
+
+
+def test_the_journal_is_nobody_else_s_to_read(tmp_path: Path) -> None:
+    journal = SqlJournal(url(tmp_path))
+    journal.append("digits", [entry(1)])
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("journal.db*")}
+    journal.close()
+    assert "journal.db-wal" in modes
+    assert set(modes.values()) == {0o600}
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (sqlite3.SQLITE_IOERR_FSYNC, StorageFailed),
+        (sqlite3.SQLITE_IOERR_WRITE, StorageFailed),
+        (sqlite3.SQLITE_FULL, TooBusy),
+    ],
+)
+def test_a_disk_that_fails_under_the_journal_has_a_name(tmp_path: Path, code: int, error: type[RafloraError]) -> None:
+    failure = sqlite3.OperationalError("disk")
+    failure.sqlite_errorcode = code
+    journal = SqlJournal(url(tmp_path))
+    with pytest.raises(error), journal._transaction():
+        raise OperationalError("COMMIT", {}, failure)
+    journal.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("postgresql+psycopg://raflora:secret@db:5432/fl?password=secret", "postgresql://db:5432/fl"),
+        ("sqlite:////var/lib/journal.db", "sqlite:////var/lib/journal.db"),
+    ],
+)
+def test_the_name_of_a_database_holds_no_secret(address: str, name: str) -> None:
+    assert public_name(address) == name

@@ -24,7 +24,7 @@ def _logging_as_it_was() -> Iterator[None]:
 
 def fail() -> None:
     enrol_key = "secret" + "-value"
-    raise ValueError(f"bad key of {len(enrol_key)} letters")
+    raise ValueError(f"bad key-of-{len(enrol_key)} letters")
 
 
 def test_json_lines_carry_context_fields_and_level(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +76,7 @@ def test_a_traceback_is_there_but_local_variables_are_not(
     except ValueError:
         log.exception("task failed")
     written = capsys.readouterr().err
-    assert "bad key of 12 letters" in written
+    assert "bad key-of-12 letters" in written
     assert "in fail" in written
     assert "secret-value" not in written
     if log_format == "json":

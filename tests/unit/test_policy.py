@@ -29,7 +29,6 @@ TASK = Task(
     scaling=1.0,
     adapter=Blob("a" * 64, 100),
     plan=PLAN,
-    deadline_seconds=0.0,
     manifest_digest="b" * 64,
 )
 POLICY = SitePolicy(max_rank=16, max_local_steps=10, max_learning_rate=0.01)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.errors import ConfigError
 from common.settings import Section, load_settings
@@ -68,9 +68,9 @@ def test_set_reads_toml_values_and_takes_the_rest_as_text(file: Path, override: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('name = "a"\nquorum = 3', "quorum: Extra inputs are not permitted"),
-        ('name = "a"\n[rounds]\nqorum = 3', "rounds.qorum: Extra inputs"),
-        ("", "name: Field required"),
+        ('name = "a"\nquorum = 3', "quorum: there is no such key; known: "),
+        ('name = "a"\n[rounds]\nqorum = 3', "rounds.qorum: there is no such key; did you mean quorum?"),
+        ("", "name: is required and not given"),
         ("name = 3", "name: Input should be a valid string, found 3"),
         ('name = "a"\n[rounds]\nquorum = 0', "rounds.quorum: Input should be greater than or equal to 1, found 0"),
         ('name = "a"\n[rounds]\ndeadline_seconds = nan', "rounds.deadline_seconds: "),
@@ -92,7 +92,7 @@ def test_a_mistake_in_the_file_is_answered_with_file_key_and_expectation(
     ("override", "message"),
     [
         ("rounds.quorum=many", "--set rounds.quorum: rounds.quorum: .*found 'many'"),
-        ("rounds.qorum=3", "--set rounds.qorum: rounds.qorum: Extra inputs"),
+        ("rounds.qorum=3", "--set rounds.qorum: rounds.qorum: there is no such key; did you mean quorum?"),
         ("ranks=[2, true, 'x']", "--set ranks: ranks.2: .*found 'x'"),
         ("rounds={quorum = 0}", "--set rounds: rounds.quorum: "),
         ("name.first=ada", "--set name.first: name is a value, not a section"),
@@ -132,3 +132,22 @@ def test_a_folder_and_a_picture_are_no_settings_files(tmp_path: Path) -> None:
 def test_settings_cannot_be_changed_afterwards(file: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         load(file).rounds.quorum = 1
+
+
+class _Pair(Section):
+    least: int = 1
+    most: int = 2
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "_Pair":
+        if self.least > self.most:
+            raise ValueError(f"least {self.least} is above most {self.most}")
+        return self
+
+
+def test_a_mistake_across_two_keys_names_them_and_does_not_print_the_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "pair.toml"
+    path.write_text("least = 3\n")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(_Pair, path, environ={})
+    assert str(caught.value) == f"{path}: least 3 is above most 2"

@@ -1,6 +1,8 @@
 """Transfers that are cut, resumed and lied about."""
 
+import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from common import transfer
 from common.codec import digest_of
-from common.errors import CorruptTransfer, InvalidRequest, WrongOffset, WrongSize
+from common.errors import CorruptTransfer, InvalidRequest, StorageFailed, TooBusy, WrongOffset, WrongSize
 from common.transfer import Expected, PartFile, check_digest, chunks_of, write_durably
 
 CONTENT = bytes(range(250)) * 4
@@ -137,3 +139,56 @@ def test_only_a_digest_is_a_digest(digest: str) -> None:
     with pytest.raises(InvalidRequest, match="client ada"):
         check_digest(digest, "client ada")
     assert check_digest("0" * 64, "client ada") == "0" * 64
+
+
+# ---------------------------------------------------------------- a disk that is full or broken
+
+
+def failing(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.EIO, StorageFailed), (errno.ENOSPC, TooBusy), (errno.EDQUOT, TooBusy)]
+)
+def test_a_disk_that_fails_has_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, error: type[Exception]
+) -> None:
+    monkeypatch.setattr(os, call, failing(number))
+    with pytest.raises(error, match=r"the disk (is full|did not keep)"):
+        write_durably(tmp_path / "state.json", b"one")
+    assert not (tmp_path / "state.json").exists()
+
+
+def test_bytes_that_a_full_disk_did_not_keep_are_not_counted_afterwards(
+    part: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = PartFile(part, expected())
+    attempt.append(0, CONTENT[:300])
+    attempt.sync()
+    attempt.append(300, CONTENT[300:500])
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", failing(errno.ENOSPC))
+        with pytest.raises(TooBusy):
+            attempt.sync()
+    assert attempt.committed_bytes == part.stat().st_size == 300
+    attempt.append(300, CONTENT[300:])
+    attempt.finish(part.with_name("whole"))
+    assert part.with_name("whole").read_bytes() == CONTENT
+
+
+def test_a_part_that_cannot_be_made_durable_when_it_is_found_counts_for_nothing(
+    part: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part.write_bytes(CONTENT[:300])
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", failing(errno.ENOSPC))
+        with pytest.raises(TooBusy):
+            PartFile(part, expected())
+    attempt = PartFile(part, expected())
+    assert attempt.committed_bytes == 0
+    attempt.close()

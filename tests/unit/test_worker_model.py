@@ -17,7 +17,6 @@ from common.errors import AdapterMismatch, InvalidRequest
 from worker.config import ModelConfig
 from worker.model import (
     AdaptedModel,
-    ModelError,
     describe_model,
     digest_of_weights,
     load_model,
@@ -25,6 +24,7 @@ from worker.model import (
     write_adapter,
 )
 from worker.peft_format import CONFIG_FILE, write_peft_folder
+from worker.tasks import ModelError
 from worker.trainer_protocol import ModelOrder
 
 pytestmark = pytest.mark.torch

@@ -144,7 +144,8 @@ class FederationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UploadAdapter(self, request_iterator, context):
-        """Streams bytes at the offset given in the metadata keys "raflora-client-id", "raflora-digest", "raflora-offset".
+        """Streams bytes; the metadata keys "raflora-client-id", "raflora-enrol-key", "raflora-digest" and
+        "raflora-offset" say whose, of what and from where.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

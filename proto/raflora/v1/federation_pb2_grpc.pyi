@@ -51,7 +51,9 @@ class FederationServiceStub:
     BeginUpload: _grpc.UnaryUnaryMultiCallable[_federation_pb2.BeginUploadRequest, _federation_pb2.BeginUploadResponse]
     """Announces an upload; answers how much of it is already durable."""
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_federation_pb2.UploadAdapterRequest, _federation_pb2.UploadAdapterResponse]
-    """Streams bytes at the offset given in the metadata keys "raflora-client-id", "raflora-digest", "raflora-offset"."""
+    """Streams bytes; the metadata keys "raflora-client-id", "raflora-enrol-key", "raflora-digest" and
+    "raflora-offset" say whose, of what and from where.
+    """
     QueryUpload: _grpc.UnaryUnaryMultiCallable[_federation_pb2.QueryUploadRequest, _federation_pb2.QueryUploadResponse]
     """Asks how much of an upload is durable."""
     SubmitUpdate: _grpc.UnaryUnaryMultiCallable[_federation_pb2.SubmitUpdateRequest, _federation_pb2.SubmitUpdateResponse]
@@ -81,7 +83,9 @@ class FederationServiceAsyncStub(FederationServiceStub):
     BeginUpload: _aio.UnaryUnaryMultiCallable[_federation_pb2.BeginUploadRequest, _federation_pb2.BeginUploadResponse]  # type: ignore[assignment]
     """Announces an upload; answers how much of it is already durable."""
     UploadAdapter: _aio.StreamUnaryMultiCallable[_federation_pb2.UploadAdapterRequest, _federation_pb2.UploadAdapterResponse]  # type: ignore[assignment]
-    """Streams bytes at the offset given in the metadata keys "raflora-client-id", "raflora-digest", "raflora-offset"."""
+    """Streams bytes; the metadata keys "raflora-client-id", "raflora-enrol-key", "raflora-digest" and
+    "raflora-offset" say whose, of what and from where.
+    """
     QueryUpload: _aio.UnaryUnaryMultiCallable[_federation_pb2.QueryUploadRequest, _federation_pb2.QueryUploadResponse]  # type: ignore[assignment]
     """Asks how much of an upload is durable."""
     SubmitUpdate: _aio.UnaryUnaryMultiCallable[_federation_pb2.SubmitUpdateRequest, _federation_pb2.SubmitUpdateResponse]  # type: ignore[assignment]
@@ -150,7 +154,9 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_federation_pb2.UploadAdapterRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.UploadAdapterResponse, _abc.Awaitable[_federation_pb2.UploadAdapterResponse]]:
-        """Streams bytes at the offset given in the metadata keys "raflora-client-id", "raflora-digest", "raflora-offset"."""
+        """Streams bytes; the metadata keys "raflora-client-id", "raflora-enrol-key", "raflora-digest" and
+        "raflora-offset" say whose, of what and from where.
+        """
 
     @_abc_1.abstractmethod
     def QueryUpload(

@@ -1,0 +1,56 @@
+"""Who is a client: enrolment, and the proof that a call comes from whom it says."""
+
+import hashlib
+import hmac
+
+from common.errors import Evicted, IdentityConflict, TooBusy, UnknownClient
+from coordinator.federation.ranks import grant_rank
+from coordinator.federation.requests import Join, check_join
+from coordinator.federation.state import Client, Membership, State
+
+
+def member(state: State, client_id: str, enrol_key: str) -> Client:
+    """The client behind a call. Raises UnknownClient, Evicted or IdentityConflict."""
+    client = state.clients.get(client_id)
+    if client is None or client.membership is Membership.LEFT:
+        raise UnknownClient(f"client {client_id!r} has not joined this federation, or has left it; join first")
+    if client.membership is Membership.EVICTED:
+        raise Evicted(f"client {client_id!r} was evicted by the operator: {client.last_failure or 'no reason given'}")
+    if not hmac.compare_digest(client.enrol_key_digest, _digest_of(enrol_key)):
+        raise IdentityConflict(
+            f"client {client_id!r}: another worker joined under this name with another enrolment key; "
+            "give every worker a name of its own"
+        )
+    return client
+
+
+def enrolled(state: State, request: Join) -> Client:
+    """The client as it stands once it has joined, with its granted rank.
+
+    Raises InvalidRequest, IdentityConflict, Evicted, or TooBusy when no more clients are let in.
+    """
+    check_join(request)
+    rules, known = state.known_rules, state.clients.get(request.client_id)
+    # A name belongs to its key until the client leaves; silence gives it to nobody else.
+    if known is not None and known.membership is not Membership.LEFT:
+        member(state, request.client_id, request.enrol_key)
+    if known is None and len(state.clients) >= rules.max_clients:
+        raise TooBusy(f"client {request.client_id!r}: {len(state.clients)} clients have joined; more are not let in")
+    order = known.order if known else len(state.clients)
+    rank = grant_rank(rules, request.client_id, request.profile, order)
+    if known is not None and known.rank_is_set:
+        rank = min(known.rank, request.profile.max_rank)
+    return Client(
+        client_id=request.client_id,
+        enrol_key_digest=_digest_of(request.enrol_key),
+        profile=request.profile,
+        rank=rank,
+        order=order,
+        rank_is_set=known.rank_is_set if known else False,
+        rounds_contributed=known.rounds_contributed if known else 0,
+        last_failure=known.last_failure if known else "",
+    )
+
+
+def _digest_of(enrol_key: str) -> str:
+    return hashlib.sha256(enrol_key.encode()).hexdigest()
