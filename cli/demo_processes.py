@@ -1,5 +1,6 @@
-"""The demonstration's child processes: each with a log file, watched while they run, ended whatever happens.
+"""The demonstration's child processes: each with a log file, watched while they run, ended when it ends.
 
+That holds for an error and for Ctrl-C, not if the demonstration itself is killed (SIGKILL): nobody is left to end them.
 Only processes that were started here are ever signalled.
 """
 

@@ -83,7 +83,9 @@ def joins(client_id: str, *, key: str = "", max_rank: int = 0, num_examples: int
 
 def claims(client_id: str) -> Act:
     """Fetches the task of the open round."""
-    return lambda state: Claim(client_id, opened(state).kind, opened(state).number, opened(state).attempt, slice_of(state, client_id))
+    return lambda state: Claim(
+        client_id, opened(state).kind, opened(state).number, opened(state).attempt, slice_of(state, client_id)
+    )
 
 
 def uploads(client_id: str, digest: str = "", *, token: int = 0, **changes: object) -> Act:

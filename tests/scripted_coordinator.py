@@ -6,6 +6,7 @@ It keeps what it was sent, so a test reads in it what happened.
 
 import asyncio
 import hashlib
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from raflora.v1 import federation_pb2_grpc as rpc
 
 from common.channel import COMMITTED_BYTES_KEY, REASON_KEY, Keepalive, server_options
 from common.errors import CorruptTransfer, RafloraError, UnknownBlob, UnknownTask, WrongOffset
+
+MANIFEST_DIGEST = "fed0" * 16
 
 
 @dataclass
@@ -55,6 +58,8 @@ class ScriptedCoordinator(rpc.FederationServiceServicer):
         self.failures: list[pb.FailTaskRequest] = []
         self.departures: list[str] = []
         self.polled = asyncio.Event()
+        self.activities: list[str] = []  # what the heartbeats said, in their order
+        self.heard_of: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # an activity, for the first time
         self.training = asyncio.Event()  # a heartbeat said that a step is done
         self._server: grpc.aio.Server | None = None
 
@@ -91,6 +96,7 @@ class ScriptedCoordinator(rpc.FederationServiceServicer):
             lease_ttl_seconds=90,
             chunk_bytes=1 << 20,
             wire_dtype="float32",
+            manifest_digest=MANIFEST_DIGEST,
             status_sentence="waiting for 1 more client",
         )
 
@@ -103,6 +109,8 @@ class ScriptedCoordinator(rpc.FederationServiceServicer):
         return pb.PollTaskResponse(finished=self.script.finishes, status_sentence="all rounds are done")
 
     async def Heartbeat(self, request, context):
+        self.activities.append(request.progress.activity)
+        self.heard_of[request.progress.activity].set()
         if request.progress.step:
             self.training.set()
         return pb.HeartbeatResponse(directive=self.script.directive)

@@ -10,6 +10,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
@@ -20,6 +22,8 @@ from common.adapter import Adapter, AdapterSpec, Factors
 from worker.trainer_protocol import ModelOrder, Plan
 
 WORDS = ("good", "bad", "film", "book", "very", "not", "a", "the")
+_PADDING, _UNKNOWN = "[PAD]", "[UNK]"
+_VOCABULARY = {word: number for number, word in enumerate((_PADDING, _UNKNOWN, *WORDS))}
 SIDES = ("left", "right")
 MOODS = ("sad", "happy", "neither")
 
@@ -36,6 +40,14 @@ BERT_ORDER = ModelOrder(
     labels=MOODS,
     target_modules=("query", "value"),
     modules_to_save=("classifier",),
+    lora_rank=4,
+    seed=1,
+)
+DISTILBERT_ORDER = ModelOrder(
+    task="sequence-classification",
+    labels=MOODS,
+    target_modules=("q_lin", "v_lin"),
+    modules_to_save=("pre_classifier", "classifier"),
     lora_rank=4,
     seed=1,
 )
@@ -72,27 +84,51 @@ def save_vit(folder: Path, labels: Sequence[str] = SIDES) -> Path:
     return folder
 
 
-def save_bert(folder: Path, *, with_pooler: bool = True) -> Path:
+def save_bert(folder: Path, *, with_pooler: bool = True, dropout: float = 0.1) -> Path:
     """A BERT with a tokenizer of eight words; without a pooler it is the checkpoint of a masked language model."""
     torch.manual_seed(0)
-    padding, unknown = "[PAD]", "[UNK]"
-    vocabulary = {word: number for number, word in enumerate((padding, unknown, *WORDS))}
     config = BertConfig(  # type: ignore[call-arg] # the number of labels is every configuration's
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=24,
-        vocab_size=len(vocabulary),
+        vocab_size=len(_VOCABULARY),
         max_position_embeddings=16,
         num_labels=len(MOODS),
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     (BertForSequenceClassification if with_pooler else BertForMaskedLM)(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    _save_tokenizer(folder)
+    return folder
+
+
+def save_distilbert(folder: Path, *, dropout: float = 0.1) -> Path:
+    """A DistilBERT with the same tokenizer."""
+    torch.manual_seed(0)
+    config = DistilBertConfig(  # type: ignore[call-arg] # the number of labels is every configuration's
+        dim=16,
+        hidden_dim=24,
+        n_layers=1,
+        n_heads=2,
+        vocab_size=len(_VOCABULARY),
+        max_position_embeddings=16,
+        num_labels=len(MOODS),
+        dropout=dropout,
+        attention_dropout=dropout,
+        seq_classif_dropout=dropout,
+    )
+    DistilBertForSequenceClassification(config).save_pretrained(folder)
+    _save_tokenizer(folder)
+    return folder
+
+
+def _save_tokenizer(folder: Path) -> None:
+    words = Tokenizer(models.WordLevel(_VOCABULARY, unk_token=_UNKNOWN))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=words, unk_token=unknown, pad_token=padding, model_max_length=16
+        tokenizer_object=words, unk_token=_UNKNOWN, pad_token=_PADDING, model_max_length=16
     ).save_pretrained(folder)
-    return folder
 
 
 def side_images(count: int, seed: int = 0) -> list[Mapping[str, object]]:

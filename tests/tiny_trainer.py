@@ -1,7 +1,8 @@
 """A trainer without torch that speaks the real protocol: its training multiplies every factor by two.
 
-What it should do wrong stands in the file `mishaps` of its model's folder, one a line, used up from the top:
-crash, exit, hang, wait_at_gate, babble, out_of_memory, nan, load_fails. Started as `python tests/tiny_trainer.py`.
+What it should do wrong stands in the file `mishaps` of its model's folder, one a line, used up from the top: crash,
+exit, hang, wait_at_gate, wait_for_stop, babble, out_of_memory, secret, nan, load_fails.
+Started as `python tests/tiny_trainer.py`.
 """
 
 import json
@@ -20,6 +21,7 @@ from worker.trainer_protocol import (
     Load,
     Loaded,
     ProgressMade,
+    Stop,
     Train,
     Trained,
     request_from_line,
@@ -35,6 +37,8 @@ def main() -> None:
     folder = Path()
     for line in sys.stdin.buffer:
         request = request_from_line(line)
+        if isinstance(request, Stop):
+            continue  # too late: its task was answered already
         if isinstance(request, Load):
             folder = Path(json.loads(request.config_json)["model"]["path"])
             (folder / "pid").write_text(str(os.getpid()))
@@ -84,6 +88,12 @@ def _misbehave(mishap: str, folder: Path) -> Failed | None:
         case "wait_at_gate":
             _say(ProgressMade("training", 1, 100, 0.5))
             (folder / "gate").read_bytes()  # a FIFO of the test's: opens when the test does
+        case "wait_for_stop":
+            _say(ProgressMade("training", 1, 100, 0.5))
+            assert isinstance(request_from_line(sys.stdin.buffer.readline()), Stop)
+            return Failed("stopped", "at step 1 of 100")
+        case "secret":
+            return Failed("a_new_word", "/data/patients.csv, line 7: column 'name' holds 'Jane'")
         case "babble":
             sys.stdout.write("this is no message\n")
             sys.stdout.flush()

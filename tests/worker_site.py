@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tiny_trainer
 from raflora.v1 import federation_pb2 as pb
-from scripted_coordinator import Script, ScriptedCoordinator
+from scripted_coordinator import MANIFEST_DIGEST, Script, ScriptedCoordinator
 
 from common.adapter import initial_adapter
 from common.codec import Layout, decode, encode
@@ -33,9 +33,12 @@ class InstantClock:
         self.seconds = 0.0
         self.pauses: list[float] = []
         self.backed_off = asyncio.Event()  # a call has failed
+        self.stands_still = False
 
     async def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
+        if self.stands_still:
+            await asyncio.Event().wait()
         self.seconds += seconds
         if seconds == pause_seconds(failures=1, chance=0.5):
             self.backed_off.set()
@@ -112,6 +115,7 @@ def train(lease_token: int = 1, *, learning_rate: float = 0.1, content: bytes = 
         lora_rank=RANK,
         scaling=1.0,
         adapter=pb.BlobReference(digest=hashlib.sha256(content).hexdigest(), size_bytes=len(content)),
+        manifest_digest=MANIFEST_DIGEST,
         plan=pb.TrainingPlan(learning_rate=learning_rate, local_steps=2, batch_size=4),
     )
 

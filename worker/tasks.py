@@ -237,16 +237,14 @@ def _decoded(content: bytes, where: str) -> Image.Image:
         image.load()
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{where} is no PNG or JPEG that can be decoded: {error}") from None
-    return _in_eight_bits(image, where)
+    return _in_eight_bits(image)
 
 
-def _in_eight_bits(image: Image.Image, where: str) -> Image.Image:
+def _in_eight_bits(image: Image.Image) -> Image.Image:
     """The image itself, or one of 16 bits scaled down; Pillow's own conversion would cut it off at 255."""
-    if not image.mode.startswith(("I", "F")):
+    if not image.mode.startswith("I"):  # "I;16": grey of 16 bits, which no JPEG has
         return image
     levels = np.asarray(image, dtype=np.float64)
-    if image.mode.startswith("F") or levels.min() < 0 or levels.max() > _DEEP_LEVELS:
-        raise DataError(f"{where} is an image of mode {image.mode}; 8 or 16 bits a channel are expected")
     return Image.fromarray(np.round(levels * (GREY_LEVELS / _DEEP_LEVELS)).astype(np.uint8))
 
 

@@ -140,8 +140,7 @@ class _Trainer:
         gc.unfreeze()
         _free_memory()
         config = _config_from(request.config_json)
-        context = {"federation": request.federation} if request.federation else {}
-        set_up_logs(config.log_format, config.log_level, role="trainer", client=client_id_of(config.name), **context)
+        set_up_logs(config.log_format, config.log_level, **log_context(config, request.federation))
         _set_up_libraries(config)
         from worker.data import load_data  # noqa: PLC0415 # seconds of imports, after the protocol is up
         from worker.model import load_model  # noqa: PLC0415
@@ -222,6 +221,12 @@ class _Progress:
         self._say(ProgressMade(self._activity, step, total_steps, train_loss))
 
 
+def log_context(config: WorkerConfig, federation: str) -> dict[str, str]:
+    """What stands in every line of the trainer's log, as in the agent's."""
+    named = {"federation": federation} if federation else {}
+    return {"role": "trainer", "client": client_id_of(config.name), **named}
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the device or the machine had no memory left: a smaller batch or rank may help."""
     if isinstance(error, MemoryError):
@@ -269,13 +274,13 @@ def _config_from(text: str) -> WorkerConfig:
 
 def _set_up_libraries(config: WorkerConfig) -> None:
     """Threads as configured; no chatter; no network if the site says so."""
-    import huggingface_hub  # noqa: PLC0415
     import torch  # noqa: PLC0415
+    from huggingface_hub import constants  # noqa: PLC0415
 
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.model.offline:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = True
     silence_libraries()
 
 

@@ -25,6 +25,7 @@ from worker.trainer_protocol import (
     Loaded,
     ProgressMade,
     Request,
+    Stop,
     Train,
     Trained,
     answer_from_line,
@@ -187,6 +188,19 @@ def test_progress_comes_while_it_works_and_ends_at_the_last_step(trainer: Traine
         seen.append((answer.activity, answer.step, answer.total_steps))
     assert seen[0] == ("training", 1, 5)
     assert seen[-1] == ("training", 5, 5)
+
+
+def test_a_task_that_is_stopped_leaves_a_trainer_that_works_on(trainer: TrainerProcess) -> None:
+    trainer.ask(trainer.train())
+    whole = (trainer.folder / "update").read_bytes()
+    trainer.send(to_line(trainer.train(local_steps=10_000_000)))
+    assert isinstance(next(trainer.answers()), ProgressMade)
+    stopped = trainer.ask(Stop())
+    assert isinstance(stopped, Failed)
+    assert (stopped.reason, stopped.fatal) == ("stopped", False)
+    trainer.send(to_line(Stop()))  # too late, so it is meant for nothing that follows
+    assert isinstance(trainer.ask(trainer.train()), Trained)
+    assert (trainer.folder / "update").read_bytes() == whole
 
 
 @pytest.mark.parametrize(

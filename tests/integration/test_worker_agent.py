@@ -1,6 +1,8 @@
 """The real agent and a real trainer process against a real gRPC server that says what each test needs."""
 
+import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_trainer
 from raflora.v1 import federation_pb2 as pb
+from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 from worker_site import RANK, SLICE, SLICE_DIGEST, TRAINED, TRAINED_DIGEST, Site, evaluate, scripted_site, train
 
@@ -49,7 +52,11 @@ async def test_the_egress_report_says_exactly_what_left(site: Site) -> None:
 
     await site.work()
 
-    update, evaluation = map(json.loads, (site.state_dir / "egress.jsonl").read_text().splitlines())
+    join, update, evaluation = map(json.loads, (site.state_dir / "egress.jsonl").read_text().splitlines())
+    (sent,) = site.coordinator.joins
+    assert (join["kind"], join["digest"], join["lora_rank"]) == ("join", sent.base_model_digest, RANK)
+    assert (join["num_tensors"], join["num_examples"], join["size_bytes"]) == (3, sent.profile.num_examples, 0)
+    assert join["words"] == f"device {sent.profile.device}, {sent.profile.memory_bytes} bytes of memory"
     assert update == {
         "time": "2001-09-09T01:46:40+00:00",
         "kind": "update",
@@ -117,6 +124,41 @@ async def test_a_slice_of_the_wrong_size_is_refused_before_a_byte_is_fetched(sit
     assert failure.reason == "adapter_mismatch"
     assert str(len(SLICE)) in failure.message
     assert site.coordinator.served_bytes == 0
+
+
+async def test_a_task_of_another_manifest_is_refused(site: Site) -> None:
+    foreign = train(1)
+    foreign.manifest_digest = "0dd" * 20
+    site.script.tasks = [foreign, train(2)]
+
+    await site.work()
+
+    (failure,) = site.coordinator.failures
+    assert (failure.lease_token, failure.reason) == (1, "adapter_mismatch")
+    assert "a task of the manifest 0dd0dd0dd0dd, but this worker joined fed0fed0fed0" in failure.message
+    assert [u.lease_token for u in site.coordinator.updates] == [2]
+
+
+async def test_the_coordinator_hears_at_once_what_is_being_done(site: Site) -> None:
+    site.script.tasks = [train()]
+    site.mishaps("wait_at_gate")
+    site.time.stands_still = True  # no interval ever passes
+    gate = site.folder / "gate"
+    os.mkfifo(gate)
+    with capture_logs() as logs:
+        async with site.working() as worker:
+            await site.coordinator.heard_of["training"].wait()
+            await asyncio.to_thread(gate.write_bytes, b"go")
+            await worker
+    assert site.coordinator.activities[:2] == ["downloading", "training"]
+    (told,) = [line for line in logs if line["event"] == "training"]
+    assert (told["round"], told["rank"], told["examples"]) == (1, RANK, 40)
+
+
+async def test_every_line_after_the_handshake_names_the_federation(site: Site) -> None:
+    with capture_logs(processors=[merge_contextvars]) as logs:
+        await site.work()
+    assert {line["federation"] for line in logs} == {"scripted"}
 
 
 async def test_a_worker_that_comes_first_waits_for_the_coordinator_and_says_why(site: Site) -> None:

@@ -11,6 +11,7 @@ import pytest
 from raflora.v1 import federation_pb2 as pb
 from worker_site import Site, scripted_site, train
 
+from worker import supervisor
 from worker.config import SitePolicy
 from worker.supervisor import TaskFailed
 
@@ -45,6 +46,7 @@ async def test_training_goes_on_while_the_coordinator_restarts(site: Site) -> No
         ("babble", "trainer_died", "no message"),
         ("out_of_memory", "out_of_memory", "rank 4 does not fit"),
         ("nan", "not_finite", "head holds nan"),
+        ("secret", "a_new_word", "the worker's log says more"),
     ],
 )
 async def test_a_trainer_that_fails_costs_one_task(site: Site, mishap: str, reason: str, message: str) -> None:
@@ -56,6 +58,7 @@ async def test_a_trainer_that_fails_costs_one_task(site: Site, mishap: str, reas
     (failure,) = site.coordinator.failures
     assert (failure.lease_token, failure.reason) == (1, reason)
     assert message in failure.message
+    assert "patients" not in failure.message
     assert [u.lease_token for u in site.coordinator.updates] == [2]
 
 
@@ -101,12 +104,18 @@ async def test_a_task_that_takes_too_long_is_given_back(site: Site) -> None:
     assert [u.lease_token for u in site.coordinator.updates] == [2]
 
 
-async def test_stop_kills_the_work_and_the_next_task_is_done(site: Site) -> None:
+@pytest.mark.parametrize(("mishap", "survives"), [("wait_for_stop", True), ("hang", False)])
+async def test_stop_ends_the_work_and_kills_only_a_trainer_that_does_not_listen(
+    site: Site, monkeypatch: pytest.MonkeyPatch, mishap: str, survives: bool
+) -> None:
+    if not survives:
+        monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.1)
     site.script.tasks = [train(1)]
     site.script.finishes = False
-    site.mishaps("hang")
+    site.mishaps(mishap)
     async with site.working() as worker:
         await site.coordinator.training.wait()
+        first_pid = (site.folder / "pid").read_text()
         site.coordinator.polled.clear()
         site.script.directive = pb.LEASE_DIRECTIVE_STOP
         await site.coordinator.polled.wait()
@@ -115,6 +124,7 @@ async def test_stop_kills_the_work_and_the_next_task_is_done(site: Site) -> None
         site.script.finishes = True
         await worker
     assert [u.lease_token for u in site.coordinator.updates] == [2]
+    assert ((site.folder / "pid").read_text() == first_pid) is survives
     assert site.coordinator.failures == [], "a task that was taken back is not a failed one"
 
 

@@ -21,10 +21,10 @@ from rounds import (
 )
 
 from common.errors import Evicted, IdentityConflict, InvalidRequest, TooBusy, UnknownClient, WrongRank
+from coordinator.federation.members import member
 from coordinator.federation.ranks import select_cohort
 from coordinator.federation.requests import Join, Leave, Outcome, SetRank
 from coordinator.federation.state import Client, Membership, Profile, RankPolicy, State
-from coordinator.federation.members import member
 from coordinator.stores.event_codec import snapshot_of
 
 

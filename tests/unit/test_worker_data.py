@@ -17,7 +17,7 @@ from tiny_models import MOODS, SIDES, save_bert, save_vit, side_images
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from worker.config import DataConfig
-from worker.data import DataError, Example, LocalData, Row, load_data, read_rows
+from worker.data import ClassName, DataError, Example, LocalData, Row, load_data, read_rows
 from worker.tasks import ImageClassification, LabelColumn, Preparation, SequenceClassification
 
 TEXTS = [{"text": "good film", "label": "happy"}, {"text": "bad book", "label": "sad"}] * 10
@@ -146,8 +146,15 @@ def test_a_label_is_a_name_or_a_number(value: Any) -> None:
     assert label(value) == 1
 
 
-def test_a_name_wins_over_a_number() -> None:
-    assert label("1", labels=("1", "2", "3")) == 0
+@pytest.mark.parametrize("value", ["1", 1, 1.0, np.int64(1), "1.0"])
+def test_a_name_wins_over_a_number_however_a_file_spells_it(value: Any) -> None:
+    assert label(value, labels=("1", "2", "3")) == 0
+
+
+def test_a_data_sets_own_name_is_never_a_number() -> None:
+    assert label(ClassName("happy")) == 1
+    with pytest.raises(DataError, match="holds '1', which is none of"):
+        label(ClassName("1"))
 
 
 @pytest.mark.parametrize("value", ["angry", 3, -1, 1.5, "1.5", True, [1], {"a": 1}, "nan", float("inf")])
@@ -240,6 +247,26 @@ def test_a_bad_image_says_where_and_why(tmp_path: Path, images: Preparation, val
         images.example(Row("a.jsonl, line 3", tmp_path, {"image": value, "label": 0}))
 
 
+def test_sixteen_bits_of_grey_are_scaled_and_not_cut_off(images: Preparation) -> None:
+    levels = np.linspace(0, 65_535, 64).reshape(8, 8)
+    buffer = io.BytesIO()
+    Image.fromarray(levels.astype(np.uint16)).save(buffer, "PNG")
+    pixels = images.example(Row("here", Path(), {"image": buffer.getvalue(), "label": 0}))["pixel_values"][0]
+    np.testing.assert_allclose(pixels.numpy(), levels / 65_535 * 2 - 1, atol=1 / 127)
+
+
+def test_an_image_is_turned_as_its_camera_says(images: Preparation) -> None:
+    upright = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    turned, exif, buffer = Image.fromarray(np.rot90(upright)), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # turn it by 90 degrees clockwise to see it upright
+    turned.save(buffer, "PNG", exif=exif)
+    found, expected = (
+        images.example(Row("here", Path(), {"image": image, "label": 0}))["pixel_values"]
+        for image in (buffer.getvalue(), upright.tolist())
+    )
+    assert (found == expected).all()
+
+
 def test_images_of_a_parquet_file_are_read_as_data_sets_write_them(tmp_path: Path, images: Preparation) -> None:
     rows = [{"image": {"bytes": png("L"), "path": "x.png"}, "label": n % 2} for n in range(4)]
     data = load(images.example, train=str(write_parquet(tmp_path / "a.parquet", rows)))
@@ -267,6 +294,36 @@ def test_a_data_set_is_read_through_datasets(
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
     data = load(images.example, train=str(folder))
     assert sorted(example["labels"] for example in (*data.train, *data.test)) == [0, 0, 1, 1]
+
+
+def save_moods(folder: Path, names: list[str], numbers: list[int]) -> Path:
+    """A data set of texts as `datasets` writes it: numbers, and names in an order of its own."""
+    folder.mkdir()
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    rows = {"text": [f"a {names[number]} film" for number in numbers], "label": numbers}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+def happy_as(row: Row) -> Example:
+    return {"text": row["text"], "labels": LabelColumn("label", MOODS).number(row)}
+
+
+@pytest.mark.parametrize("source", ["", "train.parquet"], ids=["through datasets", "the file alone"])
+def test_a_data_sets_numbers_mean_its_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = save_moods(tmp_path / "set", ["happy", "neither", "sad"], [0, 1, 2] * 4)
+    data = load(happy_as, train=str(folder / source))
+    for example in (*data.train, *data.test):
+        assert MOODS[example["labels"]] in example["text"]
+
+
+@pytest.mark.parametrize("source", ["", "train.parquet"], ids=["through datasets", "the file alone"])
+def test_a_data_set_with_other_names_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = save_moods(tmp_path / "set", ["cheerful", "gloomy"], [0, 1] * 4)
+    with pytest.raises(DataError, match="holds 'cheerful', which is none of the federation's 3 labels"):
+        load(happy_as, train=str(folder / source))
 
 
 def test_a_data_set_that_is_nowhere_is_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:

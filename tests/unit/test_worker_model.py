@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tiny_models import BERT_ORDER, SIDES, VIT_ORDER, random_adapter, same, save_bert, save_vit
+from structlog.testing import capture_logs
+from tiny_models import BERT_ORDER, MOODS, SIDES, VIT_ORDER, random_adapter, same, save_bert, save_vit
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from common.adapter import Adapter, Factors, initial_adapter, slice_adapter
 from common.errors import AdapterMismatch, InvalidRequest
-from worker.config import ModelConfig
+from worker.config import DataConfig, ModelConfig
 from worker.model import (
     AdaptedModel,
     describe_model,
@@ -187,6 +188,46 @@ def test_a_missing_pooler_is_not_made_up_in_silence(tmp_path: Path) -> None:
 def test_a_frozen_head_keeps_its_labels_in_its_order(vit: Path) -> None:
     with pytest.raises(ModelError, match=r"head is frozen.*left.*right"):
         load(vit, VIT_ORDER, labels=tuple(reversed(SIDES)))
+
+
+def test_a_head_is_frozen_even_if_another_module_is_trained(tmp_path: Path) -> None:
+    folder = save_bert(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    own = {str(number): mood for number, mood in enumerate(reversed(MOODS))}
+    config |= {"id2label": own, "label2id": {mood: int(number) for number, mood in own.items()}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"head is frozen.*neither.*sad"):
+        load(folder, BERT_ORDER, modules_to_save=("pooler",))
+    assert load(folder, BERT_ORDER).labels == MOODS
+
+
+def test_values_of_the_checkpoint_that_the_federation_replaces_are_told(bert: Path, tmp_path: Path) -> None:
+    with capture_logs() as logs:
+        load(bert, BERT_ORDER)
+    (told,) = [line for line in logs if line["log_level"] == "warning"]
+    assert told["modules_to_save"] == ["classifier"]
+    assert "from the coordinator's seed" in told["why"]
+    with capture_logs() as logs:
+        load(save_bert(tmp_path, with_pooler=False), BERT_ORDER, modules_to_save=("classifier", "pooler"))
+    assert logs == []
+
+
+@pytest.mark.parametrize(
+    ("save", "missing", "order", "advice"),
+    [
+        (save_vit, ["preprocessor_config.json"], VIT_ORDER, "preprocessor_config.json"),
+        (save_bert, ["tokenizer.json", "tokenizer_config.json"], BERT_ORDER, "put the tokenizer of the base model"),
+    ],
+)
+def test_what_must_lie_beside_the_weights_is_named(
+    tmp_path: Path, save: Any, missing: list[str], order: ModelOrder, advice: str
+) -> None:
+    folder = save(tmp_path)
+    for name in missing:
+        (folder / name).unlink()
+    model = load(folder, order)
+    with pytest.raises(ModelError, match=advice):
+        model.task.prepare(model.folder, model.base, model.labels, DataConfig(train="-"))
 
 
 def test_without_labels_the_models_own_hold(vit: Path) -> None:

@@ -6,9 +6,21 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import BERT_ORDER, PLAN, VIT_ORDER, random_adapter, same, save_bert, save_vit, side_images
+from tiny_models import (
+    BERT_ORDER,
+    DISTILBERT_ORDER,
+    PLAN,
+    VIT_ORDER,
+    random_adapter,
+    same,
+    save_bert,
+    save_distilbert,
+    save_vit,
+    side_images,
+)
 
 from common.adapter import Adapter, initial_adapter, slice_adapter
 from common.codec import encode
@@ -37,7 +49,7 @@ class Site:
             dataclasses.replace(PLAN, **plan),
             collator=self.preparation.collator,
             memory_batch=memory_batch,
-            report=plan.pop("report", lambda *_: None),
+            report=lambda *_: None,
         )
         return read_adapter(self.model), outcome
 
@@ -104,6 +116,39 @@ def test_a_batch_in_parts_is_the_same_batch(site: Site) -> None:
         torch.testing.assert_close(
             torch.tensor(factors.lora_B), torch.tensor(parts.modules[name].lora_B), atol=1e-4, rtol=1e-3
         )
+
+
+@pytest.mark.parametrize("memory_batch", [1, 2, 3])
+@pytest.mark.parametrize(("save", "order"), [(save_bert, BERT_ORDER), (save_distilbert, DISTILBERT_ORDER)])
+def test_a_model_that_takes_any_argument_learns_the_same_from_parts(
+    tmp_path: Path, save: Any, order: ModelOrder, memory_batch: int
+) -> None:
+    site = site_of(save(tmp_path, dropout=0.0), order, moods(14))
+    assert len(site.data.train) == 10  # batches of 6 and 4: with parts of 3 the last one is 3 + 1
+    plan: dict[str, Any] = {"batch_size": 6, "local_steps": 0, "local_epochs": 3.0, "max_grad_norm": 1e9}
+    whole, measured = site.trained(start(site), **plan)
+    parts, measured_in_parts = site.trained(start(site), memory_batch, **plan)
+    assert measured_in_parts.metrics["train_loss"] == pytest.approx(measured.metrics["train_loss"], rel=1e-5)
+    for name, factors in whole.modules.items():
+        np.testing.assert_allclose(parts.modules[name].lora_A, factors.lora_A, atol=1e-4)
+        np.testing.assert_allclose(parts.modules[name].lora_B, factors.lora_B, atol=1e-4)
+    for name, tensor in whole.tensors.items():
+        np.testing.assert_allclose(parts.tensors[name], tensor, atol=1e-4)
+
+
+def test_work_in_parts_is_heard_of_at_every_part(site: Site) -> None:
+    seen: list[int] = []
+    write_adapter(site.model, start(site), scaling=1.0)
+    plan = dataclasses.replace(PLAN, local_steps=1)
+    train(
+        site.model,
+        site.data.train,
+        plan,
+        collator=site.preparation.collator,
+        memory_batch=1,
+        report=lambda step, *_: seen.append(step),
+    )
+    assert seen == [0, 0, 0, 1]
 
 
 def steps_of(site: Site, **plan: Any) -> list[tuple[int, int]]:
