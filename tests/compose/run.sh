@@ -63,7 +63,7 @@ in_coordinator find /adapter -name adapter_model.safetensors | grep -q . || fail
 in_coordinator find /adapter -type f
 [[ $(in_coordinator raflora clients --format json | grep -c '"client_id"') == "$WORKERS" ]] || fail "not every worker joined"
 
-echo "== stock PEFT makes of the adapter what the workers measured (the base alone names 13 % of the digits)"
+echo "== stock PEFT makes of the adapter what the workers measured (the base alone names 8 % of the digits)"
 measured=$(docker run --rm --volume "${project}_adapter:/adapter:ro" --entrypoint sh raflora-worker -ec \
   'raflora digits /tmp/example --sample-for anybody >&2
    python3 -m simulation.check_adapter /adapter/digits /tmp/example/test.jsonl')
