@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cyclopts.types import UInt32
+from raflora.v1 import status_pb2
 
 from cli.connection import Connection
 from cli.download import fetch_adapter, read_adapter
@@ -10,6 +11,11 @@ from cli.errors import Failed
 from cli.words import human_bytes, plain
 from common.errors import AdapterMismatch, ConfigError
 from worker.peft_format import write_peft_folder
+
+_AUTO_CLASSES = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
 
 
 async def export(
@@ -44,6 +50,23 @@ async def export(
         download.path.unlink(missing_ok=True)
     print(f"{folder}: round {header.round}, rank {adapter.rank}, {human_bytes(header.size_bytes)}")
     print(f"trained on {plain(header.base_model)}, weights sha256 {plain(header.base_model_digest)}")
+    for line in loading_lines(header, folder):
+        print(f"  {line}")
+
+
+def loading_lines(header: status_pb2.AdapterHeader, folder: Path) -> list[str]:
+    """The Python lines that load the folder with stock transformers and PEFT."""
+    auto_class = _AUTO_CLASSES.get(header.task)
+    if auto_class is None:
+        return []
+    # A head that was trained has the federation's classes; a frozen one has the checkpoint's own.
+    labels = f", num_labels={len(header.labels)}" if header.modules_to_save and header.labels else ""
+    base = plain(header.base_model)
+    return [
+        f"base = {auto_class}.from_pretrained({base!r}{labels})",
+        f"model = PeftModel.from_pretrained(base, {str(folder)!r})",
+        f"labels = {[plain(label) for label in header.labels]!r}",
+    ]
 
 
 def _free_folder(folder: Path, *, overwrite: bool) -> Path:

@@ -1,13 +1,14 @@
 """What the coordinator does for its callers, in domain words; servicers translate, the engine decides."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
 
 from common.adapter import AdapterSpec
-from common.errors import NothingPublished, UnknownBlob
+from common.errors import NothingPublished, RafloraError, UnknownBlob
 from common.transfer import check_digest
 from coordinator.aggregation.forecast import CollapseForecast, forecast_collapse
 from coordinator.config import CoordinatorConfig
@@ -79,6 +80,7 @@ class Counters:
 
     bytes_sent: int = 0
     progress: dict[str, Progress] = field(default_factory=dict)
+    refusals: deque[str] = field(default_factory=lambda: deque(maxlen=3))  # the newest workers that could not join
 
 
 class CoordinatorService:
@@ -121,7 +123,14 @@ class CoordinatorService:
         self, client_id: str, enrol_key: str, profile: Profile, spec: AdapterSpec, base_model_digest: str
     ) -> Client:
         """The client with its granted rank. The first one may found the federation."""
-        whose, request = f"client {client_id!r}", Join(client_id, enrol_key, profile)
+        try:
+            return await self._admit(Join(client_id, enrol_key, profile), spec, base_model_digest)
+        except RafloraError as error:
+            self.counters.refusals.append(str(error))
+            raise
+
+    async def _admit(self, request: Join, spec: AdapterSpec, base_model_digest: str) -> Client:
+        client_id, whose = request.client_id, f"client {request.client_id[:80]!r}"
         check_join(request)  # before it may found anything
         check_digest(base_model_digest, whose)
         await self.foundation.found_if_new(spec, base_model_digest, whose)

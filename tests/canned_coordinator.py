@@ -148,6 +148,7 @@ class Canned:
             task="image-classification",
             modules=[m.name for m in SPEC.modules],
             modules_to_save=["classifier"],
+            labels=["cat", "dog"],
         )
 
 

@@ -159,10 +159,10 @@ class NumpyClient:
         who = Credentials(self.client_id, self.enrol_key, "0")
         self.rpc = CoordinatorClient(CoordinatorAddress(address=self.address), who)
 
-    async def join(self) -> None:
+    async def join(self, base_model: str = BASE_MODEL) -> None:
         """Takes a place."""
         profile = RankProfile(self.rank, "cpu", 1 << 30, self.num_examples)
-        place = await self.rpc.join(Enrolment(PROTOCOL, profile, BASE_MODEL, SPEC))
+        place = await self.rpc.join(Enrolment(PROTOCOL, profile, base_model, SPEC))
         self.wire_dtype = WireDtype(place.wire_dtype)
 
     async def fetch_task(self) -> Task:

@@ -87,6 +87,7 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
             task=manifest.model.task,
             modules=[module.name for module in manifest.spec.modules],
             modules_to_save=manifest.adapter.modules_to_save,
+            labels=manifest.model.labels,
         )
 
 

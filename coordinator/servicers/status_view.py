@@ -46,7 +46,7 @@ def status_of(service: CoordinatorService) -> pb.FederationStatus:
         clients_connected=len(state.active_clients),
         clients_known=len(state.clients),
         forecast=forecast_of(service),
-        warnings=warnings_of(state),
+        warnings=[*warnings_of(state), *(f"a worker could not join: {why}" for why in service.counters.refusals)],
     )
     if opened is not None:
         status.quorum = state.known_rules.quorum_of(len(opened.assignments)) if opened.kind is Kind.TRAIN else 0

@@ -55,7 +55,10 @@ def test_the_folder_holds_the_published_adapter_under_pefts_names(
     assert state["base_model.model.classifier.weight"].shape == (3, 8)
     config = json.loads((folder / CONFIG_FILE).read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, "tiny-vit")
-    assert "round 3, rank 4" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "round 3, rank 4" in told
+    assert "base = AutoModelForImageClassification.from_pretrained('tiny-vit', num_labels=2)" in told
+    assert "labels = ['cat', 'dog']" in told
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]  # no part file is left
 
 

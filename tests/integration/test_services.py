@@ -11,6 +11,7 @@ from coordinators import (
     BASE_MODEL,
     SPEC,
     CoordinatorProcess,
+    NumpyClient,
     clients_of,
     config_of,
     entries_of,
@@ -279,6 +280,19 @@ async def test_a_restart_may_change_when_rounds_open_and_close(tmp_path: Path) -
             if seen.status.phase == status_pb2.PHASE_TRAINING:
                 break
     assert [entry.kind for entry in entries_of(smaller)][-2:] == ["RulesChanged", "RoundOpened"]
+
+
+async def test_the_operator_sees_why_a_worker_could_not_join(tmp_path: Path) -> None:
+    config = config_of(tmp_path, model__base_model_digest=BASE_MODEL)
+    async with serving(config) as address, observing(address) as observer:
+        stranger = NumpyClient(address, "eve", 2, 10)
+        try:
+            with pytest.raises(BaseModelMismatch):
+                await stranger.join(base_model="e" * 64)
+        finally:
+            await stranger.rpc.close()
+        (warning,) = (await observer.see()).warnings
+        assert warning.startswith("a worker could not join: client 'eve': base model eeeeeeeeeeee")
 
 
 async def test_a_spec_file_founds_the_federation_before_anybody_joins(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ class FetchAdapterResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[AdapterHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class AdapterHeader(_message.Message):
-    __slots__ = ("digest", "size_bytes", "lora_rank", "scaling", "round", "base_model", "base_model_digest", "task", "modules", "modules_to_save")
+    __slots__ = ("digest", "size_bytes", "lora_rank", "scaling", "round", "base_model", "base_model_digest", "task", "modules", "modules_to_save", "labels")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     LORA_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -336,6 +336,7 @@ class AdapterHeader(_message.Message):
     TASK_FIELD_NUMBER: _ClassVar[int]
     MODULES_FIELD_NUMBER: _ClassVar[int]
     MODULES_TO_SAVE_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     digest: str
     size_bytes: int
     lora_rank: int
@@ -346,4 +347,5 @@ class AdapterHeader(_message.Message):
     task: str
     modules: _containers.RepeatedScalarFieldContainer[str]
     modules_to_save: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., lora_rank: _Optional[int] = ..., scaling: _Optional[float] = ..., round: _Optional[int] = ..., base_model: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., modules: _Optional[_Iterable[str]] = ..., modules_to_save: _Optional[_Iterable[str]] = ...) -> None: ...
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., lora_rank: _Optional[int] = ..., scaling: _Optional[float] = ..., round: _Optional[int] = ..., base_model: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., modules: _Optional[_Iterable[str]] = ..., modules_to_save: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[str]] = ...) -> None: ...
