@@ -146,7 +146,8 @@ def _comparison(ours: Story, rivals: Story) -> Sequence[str]:
         return (f"{shares}; a few more rounds show where the two go.",)
     return (
         f"{shares}: that is rank collapse.",
-        "What lives in the higher ranks helps whoever receives them; a slice of low rank goes without it.",
+        f"A slice carries the energy of its own ranks only: rank {smallest} receives {percent(one.rho)} of "
+        f"{name_of(ours)}'s and {percent(other.rho)} of {name_of(rivals)}'s.",
         "One seed of a small task: read the energies as the result and the accuracies as an example.",
     )
 

@@ -28,6 +28,7 @@ MAX_QUEUE = 1024
 MAX_BATCH = 64  # requests that share one commit
 SNAPSHOT_EVERY = 500  # events; bounds the replay at start
 _LONGEST_NAP_SECONDS = 5.0
+_FULL_DISK_PAUSE_SECONDS = 0.5  # what is overdue would be tried again at once, and again
 
 P = ParamSpec("P")
 
@@ -190,6 +191,8 @@ class Engine:
             except TooBusy as error:  # the disk is full: nothing was recorded, so nothing has happened
                 for waiting, _ in answers:
                     _refuse(waiting, error)
+                log.error("nothing can be recorded", why=str(error))
+                await asyncio.sleep(_FULL_DISK_PAUSE_SECONDS)
                 return
         for command in pending(state):
             if command not in pending(before):

@@ -41,9 +41,8 @@ class Intake:
         self._known_member = known_member
         self._uploads = foundation.uploads
         self._unfinished: set[asyncio.Task[Any]] = set()
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = (
-            WeakValueDictionary()
-        )  # by client; gone with the last user
+        # By client; gone with the last user.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def begin_upload(self, client_id: str, enrol_key: str, reference: BlobReference) -> int:
         """How much of an upload is durable. Raises UnknownTask without a task, WrongRank or WrongSize if none fits."""
@@ -111,15 +110,8 @@ class Intake:
         client_id, update, on_disk = request.client_id, request.update, self._foundation.on_disk
         state = self._engine.state
         assignment = state.takeable_by(client_id)
-        if (
-            state.open is None
-            or assignment is None
-            or (state.open.number, state.open.kind)
-            != (
-                request.number,
-                Kind.TRAIN,
-            )
-        ):
+        opened, asked = state.open, (request.number, Kind.TRAIN)
+        if opened is None or assignment is None or (opened.number, opened.kind) != asked:
             return (await self._engine.submit(request)).outcome
         path = await on_disk(self._uploads.completed_path, client_id, update.digest)
         layout = self._foundation.known_manifest.layout(assignment.rank)
@@ -147,7 +139,11 @@ class Intake:
             return
         announced = f"client {assignment.client_id!r}: an update of {size_bytes} bytes was announced"
         needed = f"rank {rank} in {manifest.adapter.wire_dtype} is exactly {expected}"
-        for other in range(1, manifest.adapter.global_rank + 1):
+        # Sizes are linear in the rank but for some digits of the header, so three ranks at most can be meant;
+        # trying them all would let a bad request hold the event loop.
+        per_rank = manifest.layout(rank + 1).size_bytes - expected
+        nearest = rank + round((size_bytes - expected) / per_rank)
+        for other in range(max(1, nearest - 1), min(manifest.adapter.global_rank, nearest + 1) + 1):
             if manifest.layout(other).size_bytes == size_bytes:
                 raise WrongRank(f"{announced}, which is rank {other}, but its task is of rank {rank}: {needed}")
         raise WrongSize(f"{announced}, but {needed}")
