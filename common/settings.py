@@ -16,6 +16,7 @@ from common.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "RAFLORA__"
 ADDRESS_VARIABLE = "RAFLORA_COORDINATOR"
+DATA_VARIABLE = "RAFLORA_DATA"
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 _SEPARATOR = "__"
 
@@ -61,6 +62,13 @@ def coordinator_address(environ: Mapping[str, str] | None = None) -> str:
     """Where an observer looks for the coordinator when the command line does not say."""
     environment = os.environ if environ is None else environ
     return environment.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
+
+
+def data_folder(environ: Mapping[str, str] | None = None) -> Path | None:
+    """Where experiments look for their data when they do not say, if the environment does."""
+    environment = os.environ if environ is None else environ
+    folder = environment.get(DATA_VARIABLE)
+    return Path(folder).expanduser() if folder else None
 
 
 def quiet_grpc_core() -> None:

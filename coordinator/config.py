@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from common.codec import WireDtype
 from common.logs import LogFormat
 from common.settings import Section
+from coordinator.aggregation.method import MethodOptions, Shrinkage
 from coordinator.federation.state import RankPolicy
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
@@ -47,7 +48,7 @@ class BaseModelConfig(Section):
     """Its name for people: a hub id, or what the folder is called."""
     base_model_digest: str = Field(default="", pattern="^([0-9a-f]{64})?$")
     """What `raflora spec` prints; empty: the first worker's, and all others must match it."""
-    task: Literal["sequence-classification", "image-classification"]
+    task: Literal["sequence-classification", "image-classification", "feature-classification"]
     """What is trained."""
     labels: tuple[str, ...] = Field(min_length=2)
     """The classes' names, in the order of their numbers."""
@@ -131,13 +132,41 @@ class RanksConfig(Section):
         return self
 
 
-class AggregationConfig(Section):
-    """How updates become the next adapter."""
+class MethodConfig(Section):
+    """An aggregation method and its settings; a setting of another method is refused."""
 
     method: str = "raflora"
-    """raflora, or flexlora: the rank-agnostic average, whose higher ranks collapse."""
+    """raflora, or a rival to compare it with: docs/methods.md lists them."""
+    shrinkage: Shrinkage = "weight-floor"
+    """raflora: how far a rank index moves towards its owners' mean; the default with weight_floor 0 is the paper."""
     weight_floor: float = Field(default=0.0, ge=0, le=1)
     """raflora's tau: bounds what a lone owner of a rank partition can do; 0 is the paper."""
+    kappa: float = Field(default=1.0, ge=0)
+    """raflora with shrinkage effective-owners: n_eff / (n_eff + kappa)."""
+    energy_threshold: float = Field(default=0.99, gt=0, le=1)
+    """florist: the share of the energy that its one rank for everybody keeps."""
+    prune_share: float = Field(default=0.0, ge=0, lt=1)
+    """hetlora: the share of its rank that a client may shrink to; 0: clients keep their ranks."""
+    prune_penalty: float = Field(default=0.0, ge=0)
+    """hetlora: weight of the loss term on the directions that pruning would cut off."""
+
+    @property
+    def options(self) -> MethodOptions:
+        """For the aggregation."""
+        return MethodOptions(
+            name=self.method,
+            shrinkage=self.shrinkage,
+            weight_floor=self.weight_floor,
+            kappa=self.kappa,
+            energy_threshold=self.energy_threshold,
+            prune_share=self.prune_share,
+            prune_penalty=self.prune_penalty,
+        )
+
+
+class AggregationConfig(MethodConfig):
+    """How updates become the next adapter."""
+
     processes: int = Field(default=0, ge=0, le=256)
     """Modules merged at one time, a process each; 0: inside the coordinator."""
 

@@ -139,7 +139,7 @@ class Foundation:
 
 def check_settings(config: CoordinatorConfig) -> None:
     """What pydantic cannot know. Raises ConfigError."""
-    make_method(MethodOptions(config.aggregation.method, config.aggregation.weight_floor))
+    make_method(config.aggregation.options)
 
 
 def found(manifest: Manifest, blobs: BlobStore) -> Found:

@@ -75,7 +75,7 @@ def merge(
             )
             for c in command.inputs
         ),
-        options=MethodOptions(manifest.aggregation.method, manifest.aggregation.weight_floor),
+        options=manifest.aggregation.options,
         levels=levels,
     )
     try:

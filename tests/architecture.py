@@ -41,7 +41,7 @@ ONLY_IN: Mapping[frozenset[str], tuple[str, ...]] = {
 # The trainer process loads torch and speaks no gRPC; every other file of worker/ is the agent's, the other way
 # round. A new file of worker/ is the agent's until it is named here.
 TRAINER_SIDE = frozenset(
-    f"worker/{name}.py" for name in ("__init__", "trainer", "training", "model", "data", "tasks", "quiet")
+    f"worker/{name}.py" for name in ("__init__", "trainer", "training", "model", "data", "tasks", "quiet", "features")
 )
 
 PURE = "coordinator/federation/*"
