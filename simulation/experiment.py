@@ -5,11 +5,13 @@ with every seed. With a [tuning] section every arm first runs every rate and sch
 clients' validation parts alone, and then also with its own best.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from common.errors import ConfigError
 from common.settings import Section
 from coordinator.config import MethodConfig, Rank, Share, TrainingConfig
 
@@ -166,6 +168,8 @@ class ExperimentConfig(Section):
     arms: tuple[Arm, ...] = Field(min_length=1)
     """What is compared."""
     tuning: TuningSection = TuningSection()
+    without_gpu: dict[str, Any] = {}
+    """Settings that are others where torch sees no GPU: "rounds.num_rounds" = 2, for a variant that a CPU can run."""
 
     @model_validator(mode="after")
     def _arms_are_told_apart(self) -> "ExperimentConfig":
@@ -176,13 +180,28 @@ class ExperimentConfig(Section):
 
     def for_arm(self, arm: Arm) -> "ExperimentConfig":
         """The experiment as this arm sees it. Raises ConfigError for settings that it cannot have."""
-        content = self.model_dump()
+        changes = dict(arm.set)
         if arm.rank:
-            content["clients"] |= {"ranks": (arm.rank,), "rank_weights": ()}
-        for key, value in arm.set.items():
+            changes |= {"clients.ranks": (arm.rank,), "clients.rank_weights": ()}
+        return self._with(changes, f"arm {arm.name!r}")
+
+    def on_cpu(self) -> "ExperimentConfig":
+        """The experiment where there is no GPU. Raises ConfigError likewise."""
+        return self._with(self.without_gpu, "without_gpu")
+
+    def _with(self, changes: Mapping[str, Any], whose: str) -> "ExperimentConfig":
+        content = self.model_dump()
+        for key, value in changes.items():
             place = content
             *sections, last = key.split(".")
             for section in sections:
-                place = place[section]
+                place = place.get(section)
+                if not isinstance(place, dict):
+                    raise ConfigError(f"{whose}: {key}: there is no such section")
             place[last] = value
-        return ExperimentConfig.model_validate(content)
+        try:
+            return ExperimentConfig.model_validate(content)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            raise ConfigError(f"{whose}: {where}: {problem['msg'].removeprefix('Value error, ')}") from None
