@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench picture proto docs compose-test clean
+.PHONY: help setup check test demo bench picture science rank-collapse proto docs compose-test clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ bench: setup  ## our aggregation against the dense formulation, about a minute
 
 picture: setup  ## draw the README's picture anew from the last demo's results
 	$(BIN)/python -m benchmarks.collapse_picture runs/demo/results.json docs/images/energy.png
+
+science: setup  ## install what the experiments need beside: MiniLM and plots
+	@$(PIP_INSTALL) --editable '.[science]'
+
+rank-collapse: science  ## BANKING77 with 40 clients, about five minutes: make rank-collapse RAFLORA_DATA=/folder/with/banking77
+	$(BIN)/raflora compare rank-collapse $(if $(RAFLORA_DATA),--data $(RAFLORA_DATA))
 
 proto: setup  ## generate the protobuf code anew after a change of a .proto file
 	$(BIN)/python proto/generate.py

@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from common.settings import ENVIRONMENT_PREFIX, Section
 
 _WORDS_OF_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", Path: "path"}
+_FEW_KEYS = 3  # of a table in a list, told in the cell
 _SIGNS_OF_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -48,6 +49,9 @@ def _tables(model: type[Section], path: tuple[str, ...]) -> Iterator[str]:
             rows.append(_Row(name, _kind(field), _default(field), _sentence(field.description)))
         else:
             inner.append((name, section))
+        listed = _listed_section_in(field.annotation)
+        if listed is not None:
+            inner.append((f"[{name}]", listed))
     title = f"### `[{'.'.join(path)}]`" if path else "### Top level"
     yield "\n\n".join(part for part in (title, _sentence(model.__doc__), _table(rows)) if part)
     for name, section in inner:
@@ -68,6 +72,12 @@ def _section_in(annotation: Any) -> type[Section] | None:
         if isinstance(option, type) and issubclass(option, Section):
             return option
     return None
+
+
+def _listed_section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field holds a list of, if it has too many keys to be told in one cell."""
+    listed = _section_in(get_args(annotation)[0]) if get_origin(annotation) is tuple else None
+    return listed if listed is not None and len(listed.model_fields) > _FEW_KEYS else None
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
@@ -99,7 +109,10 @@ def _type_in_words(annotation: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in inside)
     if origin in (tuple, list, frozenset):
-        return f"list of {_type_in_words(inside[0])}s"
+        words = _type_in_words(inside[0])
+        return f"list of {words.replace('table', 'tables', 1) if words.startswith('table') else words + 's'}"
+    if origin is not None and len(inside) == 2 and inside[1] is Any:
+        return "table"
     if origin is not None and len(inside) == 2:
         return f"table of {_type_in_words(inside[1])}s"
     if hasattr(only, "__metadata__"):
@@ -107,7 +120,8 @@ def _type_in_words(annotation: Any) -> str:
     if isinstance(only, type) and issubclass(only, Enum):
         return ", ".join(f"`{json.dumps(member.value)}`" for member in only)
     if isinstance(only, type) and issubclass(only, Section):
-        return f"table ({', '.join(only.model_fields)})"
+        few = len(only.model_fields) <= _FEW_KEYS
+        return f"table ({', '.join(only.model_fields)})" if few else "table (below)"
     return _WORDS_OF_TYPES.get(only, getattr(only, "__name__", str(only)))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cli.config_reference import reference
 from coordinator.config import CoordinatorConfig
+from simulation.experiment import ExperimentConfig
 from worker.config import WorkerConfig
 
 DOCS = Path(__file__).resolve().parent
@@ -16,7 +17,8 @@ DOCS = Path(__file__).resolve().parent
 _CONFIGURATION = """\
 # Configuration
 
-<!-- Made by `make docs` from coordinator/config.py and worker/config.py; change those, not this page. -->
+<!-- Made by `make docs` from coordinator/config.py, worker/config.py and
+simulation/experiment.py; change those, not this page. -->
 
 One TOML file a role, read once at start. A key can be overridden by an environment variable and, above that, by
 `--set`. An unknown key or a value out of range ends the process with exit status 2 and a sentence that names the
@@ -27,12 +29,19 @@ source, the key and what was expected. `raflora config coordinator` and `raflora
 {coordinator}
 ## The worker: `raflora worker --config worker.toml`
 
-{worker}"""
+{worker}
+## An experiment: `raflora simulate experiment.toml`
+
+{experiment}"""
 
 
 def pages() -> Mapping[str, str]:
     """The generated pages by file name."""
-    text = _CONFIGURATION.format(coordinator=reference(CoordinatorConfig), worker=reference(WorkerConfig))
+    text = _CONFIGURATION.format(
+        coordinator=reference(CoordinatorConfig),
+        worker=reference(WorkerConfig),
+        experiment=reference(ExperimentConfig),
+    )
     return {"configuration.md": text}
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from common.settings import Section, load_settings
 from coordinator.config import CoordinatorConfig
+from simulation.experiment import ExperimentConfig
 from worker.config import WorkerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,18 @@ ROLES: dict[str, tuple[type[Section], str]] = {
         adapter = { target_modules = ["query"], global_rank = 8 }
         rounds = { num_rounds = 1 }
         training = { learning_rate = 1e-3 }
+        """,
+    ),
+    "experiment.toml": (
+        ExperimentConfig,
+        """
+        name = "some"
+        model = { path = "base", task = "sequence-classification" }
+        data = { train = "train.jsonl", test = "test.jsonl", labels = ["no", "yes"] }
+        clients = { count = 4, ranks = [2, 4], per_round = 4 }
+        rounds = { num_rounds = 1 }
+        training = { learning_rate = 1e-3 }
+        arms = [{ name = "raflora" }]
         """,
     ),
     "worker.toml": (WorkerConfig, 'rank = 4\nmodel = { path = "base" }\ndata = { train = "train.jsonl" }'),
