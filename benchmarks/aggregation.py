@@ -27,7 +27,8 @@ from rich.table import Table
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from common.adapter import Array, Factors
-from coordinator.aggregation.method import MethodOptions, make_method
+from coordinator.aggregation.method import MethodOptions
+from coordinator.aggregation.methods import make_method
 
 GLOBAL_RANK = 64
 RANKS = (8, 16, 32, 48, 64)
@@ -122,7 +123,7 @@ def inputs_of(case: Case) -> Inputs:
 
 def raflora(inputs: Inputs) -> Factors:
     """What the coordinator runs."""
-    method = make_method(MethodOptions("raflora"))
+    method = make_method(MethodOptions("raflora")).merge
     return method(inputs.previous, inputs.updates, inputs.num_examples).factors
 
 
@@ -163,7 +164,7 @@ def _row(case: Case, inputs: Inputs, ours: list[float], theirs: list[float]) -> 
 
 
 def _product_error(inputs: Inputs) -> float:
-    method = make_method(MethodOptions("flexlora"))
+    method = make_method(MethodOptions("flexlora")).merge
     found = method(inputs.previous, inputs.updates, inputs.num_examples).factors
     U, S, Vt = np.linalg.svd(dense_average(inputs, np.float64), full_matrices=False)
     best = (U[:, :GLOBAL_RANK] * S[:GLOBAL_RANK]) @ Vt[:GLOBAL_RANK]

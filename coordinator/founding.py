@@ -11,7 +11,7 @@ import structlog
 from common.adapter import AdapterSpec, initial_adapter
 from common.codec import encode
 from common.errors import BaseModelMismatch, ConfigError, NothingPublished, SpecMismatch, StorageFailed, WrongRank
-from coordinator.aggregation.method import MethodOptions, make_method
+from coordinator.aggregation.methods import make_method
 from coordinator.config import CoordinatorConfig
 from coordinator.engine import Engine
 from coordinator.federation.requests import Found
@@ -139,7 +139,9 @@ class Foundation:
 
 def check_settings(config: CoordinatorConfig) -> None:
     """What pydantic cannot know. Raises ConfigError."""
-    make_method(config.aggregation.options)
+    method = make_method(config.aggregation.options)
+    if method.service_refusal:
+        raise ConfigError(f"aggregation.method {method.name}: {method.service_refusal}; run it with raflora simulate")
 
 
 def found(manifest: Manifest, blobs: BlobStore) -> Found:

@@ -11,7 +11,6 @@ import structlog
 
 from common.codec import encode
 from common.errors import NotFinite
-from coordinator.aggregation.method import MethodOptions
 from coordinator.aggregation.report import RoundReport
 from coordinator.aggregation.round import AggregationInput, AggregationJob, aggregate, initialise_pool
 from coordinator.federation.step import Aggregate
@@ -79,10 +78,11 @@ def merge(
         levels=levels,
     )
     try:
-        adapter, report = aggregate(job, pool.map if pool else map)
+        aggregated = aggregate(job, pool.map if pool else map)
     except np.linalg.LinAlgError as error:
         raise NotFinite(f"round {command.number}: the singular values did not converge: {error}") from error
-    digest = blobs.put(encode(adapter))
+    digest = blobs.put(encode(aggregated.adapter))
+    report = aggregated.report
     seconds = time.perf_counter() - started
     log.info(
         "aggregated",

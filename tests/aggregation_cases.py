@@ -1,6 +1,6 @@
 """Federations of one module for property tests: random, non-square, with unequal ranks and scalings."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from dense_reference import Client
@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from common.adapter import Factors
-from coordinator.aggregation.method import Merged, MethodOptions, make_method
+from coordinator.aggregation.method import Merged, MethodOptions
+from coordinator.aggregation.methods import make_method
 
 RAFLORA = MethodOptions("raflora")
 FLEXLORA = MethodOptions("flexlora")
@@ -49,6 +50,49 @@ class Federation:
         return float(np.linalg.norm(product(self.previous)) + sum(np.linalg.norm(c.update()) for c in self.clients))
 
 
+# Every method with the settings that change what it computes.
+EVERY_METHOD = (
+    MethodOptions("fedit"),
+    MethodOptions("hetlora"),
+    MethodOptions("flexlora"),
+    MethodOptions("flora"),
+    MethodOptions("ffa-lora"),
+    MethodOptions("fedex-lora"),
+    MethodOptions("rb-lora"),
+    MethodOptions("replication"),
+    MethodOptions("florist", energy_threshold=0.8),
+    MethodOptions("florist", energy_threshold=1.0),
+    RAFLORA,
+    MethodOptions("raflora", weight_floor=0.35),
+    MethodOptions("raflora", shrinkage="sqrt-share"),
+    MethodOptions("raflora", shrinkage="share"),
+    MethodOptions("raflora", shrinkage="effective-owners"),
+)
+
+
+def label(options: MethodOptions) -> str:
+    """For pytest: the name and whatever is not default."""
+    default = MethodOptions(options.name)
+    changed = [
+        getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != getattr(default, f.name)
+    ]
+    return " ".join(str(part) for part in (options.name, *changed))
+
+
+def fitting(federation: Federation, options: MethodOptions) -> Federation:
+    """The federation with clients such as the method has them: under ffa-lora nobody trains lora_A."""
+    if not make_method(options).freezes_lora_A:
+        return federation
+    clients = tuple(replace(c, A=federation.PA[: c.rank]) for c in federation.clients)
+    return replace(federation, clients=clients)
+
+
+def effect(merged: Merged) -> np.ndarray:
+    """All that the round did to a client of the global rank: the adapter and what was added to the base."""
+    change = 0.0 if merged.base_change is None else product(merged.base_change)
+    return product(merged.factors) + change
+
+
 def single(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32).astype(np.float64)
 
@@ -62,7 +106,7 @@ def factors_of(client: Client) -> Factors:
 
 
 def merge(federation: Federation, options: MethodOptions = RAFLORA) -> Merged:
-    return make_method(options)(
+    return make_method(options).merge(
         federation.previous, [factors_of(c) for c in federation.clients], federation.num_examples
     )
 

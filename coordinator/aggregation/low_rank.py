@@ -52,6 +52,14 @@ def truncate_product(left: Matrix, right: Matrix, reserve: Matrix) -> LowRank:
     return LowRank(columns * signs, rows * signs[:, None], float(np.sum(sigma[live:] ** 2)))
 
 
+def product_singular_values(left: Matrix, right: Matrix) -> Matrix:
+    """All singular values of `left @ right`, descending, [min(m, n, R)]; exactly zero where there is only noise."""
+    _, left_core = _compress(left)
+    _, right_core = _compress(right.T)
+    sigma = np.linalg.svd(left_core @ right_core.T, compute_uv=False)
+    return np.where(sigma > _noise_of(left, right), sigma, np.float64(0.0))
+
+
 def _compress(stack: Matrix) -> tuple[Matrix | None, Matrix]:
     """Stack = basis @ core with orthonormal columns in basis; None is the identity, where a QR saves nothing."""
     if stack.shape[1] >= stack.shape[0]:

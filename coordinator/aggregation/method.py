@@ -50,3 +50,12 @@ class Method:
     merge: Merge
     freezes_lora_A: bool = False  # clients train lora_B alone
     service_refusal: str = ""  # why a coordinator cannot run it, as a sentence for its operator; empty: it can
+
+
+@dataclass(frozen=True)
+class MethodFactory:
+    """How a method is made, and which fields of MethodOptions beside the name are its own."""
+
+    name: str
+    make: Callable[[MethodOptions], Method]
+    settings: tuple[str, ...] = ()

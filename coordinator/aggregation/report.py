@@ -1,15 +1,14 @@
 """What a round did to the ranks of the global adapter, as numbers an operator can read.
 
-All follow from the merged factors and from who took part. Nothing here knows how they were merged.
+All follow from singular values and from who took part. Nothing here knows factors, or how they were merged.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from common.adapter import Adapter
 from coordinator.aggregation.low_rank import Matrix
 
 _MOST_OF_THE_ENERGY = 0.99
@@ -30,9 +29,9 @@ class RankPartition:
 class RoundReport:
     """The global adapter's spectrum after a round.
 
-    A module's singular value at index i is the norm of its lora_B's column i. The adapter's spectrum is, per
-    index, the root of the sum of their squares over all modules, so that its energy below an index is what a
-    client of that rank receives. Without energy (nothing trained yet) shares and ranks are 0.
+    The adapter's spectrum is, per index, the root of the sum of the modules' squared singular values, so that its
+    energy below an index is what a client of that rank receives (of a method that decomposes; of factor means it is
+    the most that it can receive). Without energy (nothing trained yet) shares and ranks are 0.
     """
 
     partitions: tuple[RankPartition, ...]
@@ -63,12 +62,16 @@ class Participation:
     levels: tuple[int, ...]  # the distinct ranks in the whole federation
 
 
-def report_round(adapter: Adapter, energy_lost: float, participation: Participation) -> RoundReport:
-    """The report on a merged adapter; `energy_lost` is the energy (not the share) that truncation cut off."""
-    spectrum = spectrum_of(adapter)
+def report_round(spectra: Collection[Matrix], energy_lost: float, participation: Participation) -> RoundReport:
+    """The report on a merged adapter, or on anything else that has singular values.
+
+    `spectra` are the modules' singular values, each descending, of any length (a method that changes the base has
+    more of them than the global rank). `energy_lost` is the energy (not the share) that truncation cut off.
+    """
+    spectrum = spectrum_of(spectra)
     energies = spectrum**2
     energy = float(energies.sum())
-    bounds = _bounds(participation, adapter.rank)
+    bounds = _bounds(participation, len(spectrum))
     partitions = tuple(
         _partition(low, high, energies, participation) for low, high in zip((0, *bounds), bounds, strict=False)
     )
@@ -83,16 +86,18 @@ def report_round(adapter: Adapter, energy_lost: float, participation: Participat
     )
 
 
-def spectrum_of(adapter: Adapter) -> Matrix:
-    """One value per rank index, [rank]: the root of the modules' summed squared singular values."""
-    squares = (np.sum(f.lora_B.astype(np.float64) ** 2, axis=0) for f in adapter.modules.values())
-    return np.asarray(np.sqrt(sum(squares, start=np.zeros(adapter.rank))))
+def spectrum_of(spectra: Collection[Matrix]) -> Matrix:
+    """One value per index, as long as the longest: the root of the modules' summed squared singular values."""
+    squares = np.zeros(max(len(singular_values) for singular_values in spectra))
+    for singular_values in spectra:
+        squares[: len(singular_values)] += singular_values**2
+    return np.asarray(np.sqrt(squares))
 
 
-def _bounds(participation: Participation, global_rank: int) -> tuple[int, ...]:
+def _bounds(participation: Participation, length: int) -> tuple[int, ...]:
     # A rank that an operator changed in the open round and indices above everybody's rank have their place.
-    levels: Iterable[int] = (*participation.levels, *participation.ranks, global_rank)
-    return tuple(sorted({min(level, global_rank) for level in levels}))
+    levels: Iterable[int] = (*participation.levels, *participation.ranks, length)
+    return tuple(sorted({min(level, length) for level in levels}))
 
 
 def _partition(low: int, high: int, energies: Matrix, participation: Participation) -> RankPartition:

@@ -4,8 +4,8 @@ The result is a function of its input alone: not of the order of arrival, of the
 what maps the modules. One module's factors are in memory at a time and process. Nothing here writes or waits.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -16,7 +16,8 @@ from threadpoolctl import threadpool_limits
 from common.adapter import Adapter, AdapterSpec, Array, Factors, effective
 from common.codec import Layout, WireDtype, read_module, read_tensor
 from common.errors import AdapterMismatch, InvalidRequest, NotFinite
-from coordinator.aggregation.method import Merged, MethodOptions, make_method
+from coordinator.aggregation.method import Merged, MethodOptions
+from coordinator.aggregation.methods import make_method
 from coordinator.aggregation.report import Participation, RoundReport, report_round
 
 _LAYOUTS_KEPT = 64  # more distinct ranks than a federation has; bounds the cache
@@ -69,6 +70,16 @@ class EffectiveUpdate:
 
 
 @dataclass(frozen=True)
+class Aggregated:
+    """What a round brought about."""
+
+    adapter: Adapter  # the next global adapter
+    report: RoundReport  # on the adapter alone, without what changed in the base
+    # By module, what every client adds to its frozen weight; empty unless the method changes the base.
+    base_changes: Mapping[str, Factors] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _Part:
     """One client's effective factors of one module."""
 
@@ -77,7 +88,7 @@ class _Part:
     num_examples: int
 
 
-def aggregate(job: AggregationJob, run: Run = map) -> tuple[Adapter, RoundReport]:
+def aggregate(job: AggregationJob, run: Run = map) -> Aggregated:
     """The next global adapter, module by module through `run` (map, or a pool's map), and the report on it.
 
     Raises what a method raises; NotFinite names the module and the client with the largest update.
@@ -94,7 +105,7 @@ def aggregate(job: AggregationJob, run: Run = map) -> tuple[Adapter, RoundReport
 
 def aggregate_adapters(
     previous: Adapter, updates: Sequence[EffectiveUpdate], options: MethodOptions, levels: Sequence[int] = ()
-) -> tuple[Adapter, RoundReport]:
+) -> Aggregated:
     """The same for adapters in memory: equal input gives equal bytes. `levels` as in AggregationJob."""
     updates = sorted(updates, key=lambda update: update.client_id)
     num_examples = tuple(update.num_examples for update in updates)
@@ -152,8 +163,9 @@ def _effective(entry: AggregationInput, name: str, factors: Factors) -> Factors:
 
 
 def _merge(options: MethodOptions, name: str, previous: Factors, parts: Sequence[_Part]) -> Merged:
+    method = make_method(options)
     try:
-        return make_method(options)(previous, [p.factors for p in parts], [p.num_examples for p in parts])
+        return method.merge(previous, [p.factors for p in parts], [p.num_examples for p in parts])
     except NotFinite as error:
         largest = max(parts, key=lambda part: _size_of(part.factors))
         raise NotFinite(f"{name}: {error}; the largest update is {largest.client_id}'s") from error
@@ -161,7 +173,8 @@ def _merge(options: MethodOptions, name: str, previous: Factors, parts: Sequence
 
 def _size_of(factors: Factors) -> float:
     norms = [np.linalg.norm(matrix.astype(np.float64)) for matrix in (factors.lora_A, factors.lora_B)]
-    return float(norms[0] * norms[1])
+    size = float(norms[0] * norms[1])
+    return size if np.isfinite(size) else np.inf  # NaN is larger than nothing, but it is the culprit
 
 
 def _average(values: Iterable[Array], num_examples: Sequence[int]) -> Array:
@@ -171,12 +184,12 @@ def _average(values: Iterable[Array], num_examples: Sequence[int]) -> Array:
     return np.asarray(mean).astype(np.float32)
 
 
-def _assemble(
-    merged: dict[str, Merged], tensors: dict[str, Array], participation: Participation
-) -> tuple[Adapter, RoundReport]:
+def _assemble(merged: Mapping[str, Merged], tensors: dict[str, Array], participation: Participation) -> Aggregated:
     adapter = Adapter({name: module.factors for name, module in merged.items()}, tensors)
     energy_lost = sum(module.energy_lost for module in merged.values())
-    return adapter, report_round(adapter, energy_lost, participation)
+    report = report_round([module.singular_values for module in merged.values()], energy_lost, participation)
+    changes = {name: module.base_change for name, module in merged.items() if module.base_change is not None}
+    return Aggregated(adapter, report, changes)
 
 
 def _check_ids(client_ids: Sequence[str]) -> None:

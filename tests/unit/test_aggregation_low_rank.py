@@ -23,7 +23,8 @@ from hypothesis import given
 
 from common.adapter import Factors
 from common.errors import NotFinite
-from coordinator.aggregation.method import MethodOptions, make_method
+from coordinator.aggregation.method import MethodOptions
+from coordinator.aggregation.methods import make_method
 
 
 @quick
@@ -43,7 +44,7 @@ def test_all_lora_B_zero_keeps_every_direction_of_the_previous_adapter_alive(opt
     rng = np.random.default_rng(1)
     previous = global_module(rng, 11, 8, 5, trained=False)
     updates = [Factors(rng.standard_normal((r, 8)), np.zeros((11, r))) for r in (2, 5)]
-    merged = make_method(options)(previous, updates, [3, 4])
+    merged = make_method(options).merge(previous, updates, [3, 4])
     assert not merged.factors.lora_B.any()
     assert merged.energy_lost == 0.0
     assert_alive(merged.factors)
@@ -55,7 +56,7 @@ def test_updates_that_cancel_leave_zero_and_not_noise() -> None:
     previous = global_module(rng, 12, 9, 4)
     A, B = rng.standard_normal((4, 9)).astype(np.float32), rng.standard_normal((12, 4)).astype(np.float32)
     mixed = Factors(A[::-1], -B[:, ::-1])
-    merged = make_method(RAFLORA)(previous, [Factors(A, B), mixed], [7, 7])
+    merged = make_method(RAFLORA).merge(previous, [Factors(A, B), mixed], [7, 7])
     assert not merged.factors.lora_B.any()
     assert_alive(merged.factors)
 
@@ -63,7 +64,9 @@ def test_updates_that_cancel_leave_zero_and_not_noise() -> None:
 def test_directions_are_alive_when_the_live_ones_left_the_previous_row_space() -> None:
     rng = np.random.default_rng(3)
     previous = global_module(rng, 12, 9, 5)
-    merged = make_method(FLEXLORA)(previous, [Factors(rng.standard_normal((2, 9)), rng.standard_normal((12, 2)))], [1])
+    merged = make_method(FLEXLORA).merge(
+        previous, [Factors(rng.standard_normal((2, 9)), rng.standard_normal((12, 2)))], [1]
+    )
     assert np.count_nonzero(merged.factors.lora_B.any(axis=0)) == 2
     assert_alive(merged.factors)
 
@@ -81,14 +84,14 @@ def test_huge_but_finite_values_end_in_a_typed_error() -> None:
     previous = global_module(np.random.default_rng(6), 6, 4, 2)
     huge = Factors(np.full((2, 4), 1e30), np.full((6, 2), 1e30))
     with pytest.raises(NotFinite, match="beyond float32"):
-        make_method(RAFLORA)(previous, [huge], [1])
+        make_method(RAFLORA).merge(previous, [huge], [1])
 
 
 def test_huge_values_that_fit_stay_finite() -> None:
     previous = global_module(np.random.default_rng(6), 6, 4, 2)
     large = Factors(np.eye(2, 4), np.full((6, 2), 1e37))
     tiny = Factors(np.full((1, 4), 1e-30), np.full((6, 1), 1e-30))
-    merged = make_method(RAFLORA)(previous, [large, tiny], [1, 1])
+    merged = make_method(RAFLORA).merge(previous, [large, tiny], [1, 1])
     assert np.isfinite(merged.factors.lora_B).all()
     assert_alive(merged.factors)
     expected = 0.5 * product(large)

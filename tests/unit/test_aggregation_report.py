@@ -6,26 +6,20 @@ import math
 import numpy as np
 import pytest
 
-from common.adapter import Adapter, Factors
 from coordinator.aggregation.forecast import CollapseForecast, forecast_collapse
 from coordinator.aggregation.report import Participation, RankPartition, RoundReport, report_round, spectrum_of
 
 
-def adapter_of(*spectra: list[float]) -> Adapter:
-    """One module a spectrum: singular values on the diagonal of lora_B."""
-    rank = len(spectra[0])
-    modules = {
-        f"m{i}": Factors(np.eye(rank, 6, dtype=np.float32), np.eye(9, rank) * np.array(S))
-        for i, S in enumerate(spectra)
-    }
-    return Adapter(modules, {})
+def spectra(*singular_values: list[float]) -> list[np.ndarray]:
+    """One module each."""
+    return [np.array(values) for values in singular_values]
 
 
 def test_a_report_by_hand() -> None:
     # Energies by index over both modules: 9 + 7, 4 + 1, 3 + 1 and 0, so 25 in all.
-    adapter = adapter_of([3.0, 2.0, math.sqrt(3.0), 0.0], [math.sqrt(7.0), 1.0, 1.0, 0.0])
+    modules = spectra([3.0, 2.0, math.sqrt(3.0), 0.0], [math.sqrt(7.0), 1.0, 1.0, 0.0])
     participation = Participation(ranks=(1, 1, 3), num_examples=(10, 30, 40), levels=(1, 3))
-    report = report_round(adapter, 75.0, participation)
+    report = report_round(modules, 75.0, participation)
     assert report.energy == pytest.approx(25.0)
     assert report.norm == pytest.approx(5.0)
     assert report.rho == pytest.approx(16 / 25)
@@ -42,30 +36,46 @@ def test_a_report_by_hand() -> None:
 
 @pytest.mark.parametrize(("spectrum", "rank"), [([2.0, 2.0, 2.0, 2.0], 4.0), ([5.0, 0.0, 0.0, 0.0], 1.0)])
 def test_the_effective_rank_counts_equal_directions(spectrum: list[float], rank: float) -> None:
-    report = report_round(adapter_of(spectrum), 0.0, Participation((4,), (1,), (4,)))
+    report = report_round(spectra(spectrum), 0.0, Participation((4,), (1,), (4,)))
     assert report.effective_rank == pytest.approx(rank)
     assert report.rank_99 == int(rank)
 
 
 def test_levels_are_the_federations_and_a_changed_rank_has_its_place() -> None:
     participation = Participation(ranks=(3,), num_examples=(5,), levels=(2, 4))
-    partitions = report_round(adapter_of([1.0] * 4), 0.0, participation).partitions
+    partitions = report_round(spectra([1.0] * 4), 0.0, participation).partitions
     assert [(p.low, p.high, p.contributors) for p in partitions] == [(0, 2, 1), (2, 3, 1), (3, 4, 0)]
     assert sum(p.energy_share for p in partitions) == pytest.approx(1.0)
 
 
 def test_an_untrained_adapter_has_a_report_of_zeros() -> None:
-    report = report_round(adapter_of([0.0] * 4), 0.0, Participation((2,), (1,), (2, 4)))
+    report = report_round(spectra([0.0] * 4), 0.0, Participation((2,), (1,), (2, 4)))
     assert (report.rho, report.effective_rank, report.rank_99, report.energy, report.energy_lost) == (0, 0, 0, 0, 0)
 
 
 def test_a_report_survives_json() -> None:
-    report = report_round(adapter_of([3.0, 1.0, 0.0]), 0.5, Participation((1, 3), (2, 5), (1, 3)))
+    report = report_round(spectra([3.0, 1.0, 0.0]), 0.5, Participation((1, 3), (2, 5), (1, 3)))
     assert RoundReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
 def test_the_spectrum_is_the_root_of_the_modules_energies() -> None:
-    np.testing.assert_allclose(spectrum_of(adapter_of([3.0, 0.0], [4.0, 1.0])), [5.0, 1.0])
+    np.testing.assert_allclose(spectrum_of(spectra([3.0, 0.0], [4.0, 1.0])), [5.0, 1.0])
+
+
+def test_a_spectrum_longer_than_all_ranks_has_a_partition_of_nobody() -> None:
+    report = report_round(spectra([2.0, 1.0, 1.0], [1.0]), 0.0, Participation((1, 2), (5, 5), (1, 2)))
+    assert [(p.low, p.high, p.contributors) for p in report.partitions] == [(0, 1, 2), (1, 2, 1), (2, 3, 0)]
+    assert [p.energy_share for p in report.partitions] == pytest.approx([5 / 7, 1 / 7, 1 / 7])
+
+
+def test_a_report_of_an_older_journal_can_be_read() -> None:
+    old = (
+        '{"partitions": [{"low": 0, "high": 2, "energy_share": 1.0, "contributors": 1, "effective_contributors": 1.0}],'
+        ' "rho": 1.0, "effective_rank": 1.5, "rank_99": 2, "energy": 4.0, "energy_lost": 0.0, "norm": 2.0}'
+    )
+    report = RoundReport.from_json(json.loads(old))
+    assert report.partitions == (RankPartition(0, 2, 1.0, 1, 1.0),)
+    assert report.norm == 2.0
 
 
 # --- The forecast

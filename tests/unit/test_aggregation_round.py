@@ -26,7 +26,9 @@ from common.adapter import (
 from common.codec import Layout, WireDtype, decode, digest_of, encode
 from common.errors import AdapterMismatch, ConfigError, InvalidRequest, NotFinite
 from coordinator.aggregation.method import MethodOptions
+from coordinator.aggregation.methods import METHODS, make_method
 from coordinator.aggregation.round import (
+    Aggregated,
     AggregationInput,
     AggregationJob,
     EffectiveUpdate,
@@ -93,39 +95,56 @@ def digest(adapter: Adapter) -> str:
     return digest_of(encode(adapter))
 
 
+def changes_of(aggregated: Aggregated) -> dict[str, tuple[bytes, bytes]]:
+    return {name: (f.lora_A.tobytes(), f.lora_B.tobytes()) for name, f in aggregated.base_changes.items()}
+
+
 def test_the_order_of_arrival_leaves_no_trace(tmp_path: Path) -> None:
     job = stored(tmp_path)
-    adapter, report = aggregate(job)
-    shuffled, report_of_shuffled = aggregate(replace(job, inputs=job.inputs[::-1]))
-    assert digest(shuffled) == digest(adapter)
-    assert report_of_shuffled == report
+    in_order = aggregate(job)
+    shuffled = aggregate(replace(job, inputs=job.inputs[::-1]))
+    assert digest(shuffled.adapter) == digest(in_order.adapter)
+    assert shuffled.report == in_order.report
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(order=st.permutations(CLIENTS), name=st.sampled_from(["raflora", "flexlora"]))
-def test_in_memory_and_from_files_are_the_same_bytes(tmp_path: Path, order: list[Trained], name: str) -> None:
-    job = stored(tmp_path, order, options=MethodOptions(name))
+def with_frozen_lora_A(client: Trained) -> Trained:
+    """What the client would have trained under ffa-lora."""
+    sent = slice_adapter(initial_adapter(SPEC, GLOBAL_RANK, seed=9), client.adapter.rank, scaling=1.0).modules
+    modules = {name: Factors(sent[name].lora_A, f.lora_B) for name, f in client.adapter.modules.items()}
+    return replace(client, adapter=Adapter(modules, client.adapter.tensors))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(range(len(CLIENTS))))
+def test_in_memory_and_from_files_are_the_same_bytes(tmp_path: Path, order: list[int], name: str) -> None:
+    clients = [CLIENTS[i] for i in order]
+    if make_method(MethodOptions(name)).freezes_lora_A:
+        clients = [with_frozen_lora_A(client) for client in clients]
+    job = stored(tmp_path, clients, options=MethodOptions(name))
     previous = initial_adapter(SPEC, GLOBAL_RANK, seed=9)
     updates = [
-        EffectiveUpdate(c.client_id, effective(c.adapter, scaling=c.scaling), c.num_examples) for c in reversed(order)
+        EffectiveUpdate(c.client_id, effective(c.adapter, scaling=c.scaling), c.num_examples) for c in reversed(clients)
     ]
-    adapter, report = aggregate(job)
-    in_memory, report_in_memory = aggregate_adapters(previous, updates, MethodOptions(name), LEVELS)
-    assert digest(in_memory) == digest(adapter)
-    assert report_in_memory == report
+    stored_round = aggregate(job)
+    in_memory = aggregate_adapters(previous, updates, MethodOptions(name), LEVELS)
+    assert digest(in_memory.adapter) == digest(stored_round.adapter)
+    assert in_memory.report == stored_round.report
+    assert changes_of(in_memory) == changes_of(stored_round)
+    assert set(changes_of(in_memory)) == (set(previous.modules) if name in {"flora", "fedex-lora"} else set())
 
 
 def test_threads_and_spawned_processes_are_the_same_bytes(tmp_path: Path) -> None:
     job = stored(tmp_path)
-    alone, report = aggregate(job)
+    alone = aggregate(job)
     with ThreadPoolExecutor(3) as threads:
-        assert digest(aggregate(job, threads.map)[0]) == digest(alone)
+        assert digest(aggregate(job, threads.map).adapter) == digest(alone.adapter)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=spawn, initializer=initialise_pool) as pool:
         assert list(pool.map(blas_threads, range(2))) == [1, 1]
-        adapter, report_of_pool = aggregate(job, pool.map)
-    assert digest(adapter) == digest(alone)
-    assert report_of_pool == report
+        in_pool = aggregate(job, pool.map)
+    assert digest(in_pool.adapter) == digest(alone.adapter)
+    assert in_pool.report == alone.report
 
 
 def blas_threads(_: int) -> int:
@@ -138,7 +157,7 @@ def test_a_job_can_be_sent_to_another_process(tmp_path: Path) -> None:
 
 
 def test_the_result_is_an_adapter_at_the_global_rank(tmp_path: Path) -> None:
-    adapter, _ = aggregate(stored(tmp_path))
+    adapter = aggregate(stored(tmp_path)).adapter
     assert adapter.spec == SPEC
     assert adapter.rank == GLOBAL_RANK
     decode(encode(adapter), Layout(SPEC, GLOBAL_RANK), whose="the result")
@@ -146,11 +165,11 @@ def test_the_result_is_an_adapter_at_the_global_rank(tmp_path: Path) -> None:
 
 def test_a_scaling_is_the_same_as_scaled_factors(tmp_path: Path) -> None:
     folded = [Trained(c.client_id, effective(c.adapter, scaling=c.scaling), 1.0, c.num_examples) for c in CLIENTS]
-    assert digest(aggregate(stored(tmp_path))[0]) == digest(aggregate(stored(tmp_path, folded))[0])
+    assert digest(aggregate(stored(tmp_path)).adapter) == digest(aggregate(stored(tmp_path, folded)).adapter)
 
 
 def test_tensors_outside_lora_are_averaged_by_num_examples(tmp_path: Path) -> None:
-    adapter, _ = aggregate(stored(tmp_path))
+    adapter = aggregate(stored(tmp_path)).adapter
     total = sum(c.num_examples for c in CLIENTS)
     for name in ("head.bias", "head.weight"):
         mean = sum(c.num_examples / total * c.adapter.tensors[name].astype(float) for c in CLIENTS)
@@ -158,8 +177,8 @@ def test_tensors_outside_lora_are_averaged_by_num_examples(tmp_path: Path) -> No
 
 
 def test_bfloat16_uploads_merge_to_within_their_precision(tmp_path: Path) -> None:
-    exact, _ = aggregate(stored(tmp_path))
-    rounded, _ = aggregate(stored(tmp_path, dtype=WireDtype.BFLOAT16))
+    exact = aggregate(stored(tmp_path)).adapter
+    rounded = aggregate(stored(tmp_path, dtype=WireDtype.BFLOAT16)).adapter
     for name, factors in exact.modules.items():
         W = factors.lora_B @ factors.lora_A
         other = rounded.modules[name].lora_B @ rounded.modules[name].lora_A
@@ -169,17 +188,18 @@ def test_bfloat16_uploads_merge_to_within_their_precision(tmp_path: Path) -> Non
 @pytest.mark.parametrize("seed", range(3))
 def test_rounds_without_training_keep_the_global_adapter(tmp_path: Path, seed: int) -> None:
     # The whole path: slice for unequal scalings, upload as it came, merge, ten times over.
-    adapter, first = aggregate(stored(tmp_path, [trained(c.client_id, c.adapter.rank, seed) for c in CLIENTS]))
-    start = {name: f.lora_B @ f.lora_A for name, f in adapter.modules.items()}
+    first = aggregate(stored(tmp_path, [trained(c.client_id, c.adapter.rank, seed) for c in CLIENTS]))
+    now = first
+    start = {name: f.lora_B @ f.lora_A for name, f in now.adapter.modules.items()}
     for _ in range(10):
         updates = []
         for c in CLIENTS:
-            sent = slice_adapter(adapter, c.adapter.rank, scaling=c.scaling)
+            sent = slice_adapter(now.adapter, c.adapter.rank, scaling=c.scaling)
             updates.append(EffectiveUpdate(c.client_id, effective(sent, scaling=c.scaling), c.num_examples))
-        adapter, report = aggregate_adapters(adapter, updates, RAFLORA, LEVELS)
-    for name, factors in adapter.modules.items():
+        now = aggregate_adapters(now.adapter, updates, RAFLORA, LEVELS)
+    for name, factors in now.adapter.modules.items():
         np.testing.assert_allclose(factors.lora_B @ factors.lora_A, start[name], atol=1e-5 * np.abs(start[name]).max())
-    assert report.rho == pytest.approx(first.rho, abs=1e-5)
+    assert now.report.rho == pytest.approx(first.report.rho, abs=1e-5)
 
 
 # --- What must be refused
@@ -199,6 +219,16 @@ def test_an_overflow_names_the_module_and_the_client(tmp_path: Path) -> None:
 def test_an_overflow_by_the_scaling_names_the_client(tmp_path: Path) -> None:
     with pytest.raises(NotFinite, match=r"ada: encoder\.q\.lora_B times its scaling 3e\+38 is beyond float32"):
         aggregate(stored(tmp_path, [replace(CLIENTS[0], scaling=3e38)]))
+
+
+def test_a_client_that_diverged_is_named() -> None:
+    previous = initial_adapter(SPEC, GLOBAL_RANK, seed=9)
+    updates = [EffectiveUpdate(c.client_id, effective(c.adapter, scaling=c.scaling), 1) for c in CLIENTS]
+    modules = dict(updates[2].adapter.modules)
+    modules["head.in"] = Factors(modules["head.in"].lora_A, np.full((8, 8), np.nan))
+    updates[2] = replace(updates[2], adapter=Adapter(modules, updates[2].adapter.tensors))
+    with pytest.raises(NotFinite, match=r"head\.in: an update holds NaN or infinity; the largest update is cyd's"):
+        aggregate_adapters(previous, updates, RAFLORA)
 
 
 def test_a_round_needs_updates_and_one_of_each_client(tmp_path: Path) -> None:

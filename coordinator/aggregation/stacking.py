@@ -1,0 +1,79 @@
+"""The algebra of the methods that average products: stack, then one truncated SVD.
+
+Stack [P | B_k diag(v_k)] against [V^T ; A_k]: the product of the two is the weighted average of everybody's
+lora_B lora_A, and it is never formed. A method is only the rule for v_k, the weights of a client's directions,
+and for the weights in P, the previous global's own. No client's factors are mixed with another's.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from common.adapter import Factors
+from coordinator.aggregation.checks import check_inputs, to_single
+from coordinator.aggregation.low_rank import LowRank, Matrix, truncate_product
+from coordinator.aggregation.method import Merged
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What every rank index takes from whom."""
+
+    previous: Matrix  # [global_rank]
+    updates: Matrix  # [clients, global_rank], zero where a client does not own the index
+
+
+# Ranks and num_examples of the clients, and the global rank.
+WeightRule: TypeAlias = Callable[[Sequence[int], Sequence[int], int], Weights]
+
+
+def shares_of(num_examples: Sequence[int]) -> Matrix:
+    """Every client's share of all examples, [clients]."""
+    examples = np.asarray(num_examples, dtype=np.float64)
+    shares: Matrix = examples / examples.sum()
+    return shares
+
+
+def owned(ranks: Sequence[int], values: Sequence[float] | Matrix, global_rank: int) -> Matrix:
+    """[clients, global_rank]: a client's value at every index below its rank, else zero."""
+    owns = np.asarray(ranks)[:, None] > np.arange(global_rank)
+    return np.where(owns, np.asarray(values, dtype=np.float64)[:, None], 0.0)
+
+
+def combine(rule: WeightRule, previous: Factors, updates: Sequence[Factors], num_examples: Sequence[int]) -> Merged:
+    """Combine one module's factors into the next global factors of the same rank.
+
+    The rows of the previous lora_A are orthonormal, as in every global adapter of these methods. Raises
+    InvalidRequest, WrongRank or AdapterMismatch for factors that do not fit together, NotFinite if the result
+    leaves float32.
+    """
+    return canonical(truncated_stack(rule, previous, updates, num_examples))
+
+
+def truncated_stack(
+    rule: WeightRule, previous: Factors, updates: Sequence[Factors], num_examples: Sequence[int]
+) -> LowRank:
+    """The truncated SVD of the weighted average, in float64; raises as combine."""
+    check_inputs(previous, updates, num_examples)
+    weights = rule([update.rank for update in updates], num_examples, previous.rank)
+    rows = previous.lora_A.astype(np.float64)
+    left = [previous.lora_B * weights.previous]
+    left += [u.lora_B * share[: u.rank] for u, share in zip(updates, weights.updates, strict=True)]
+    right = [rows, *(update.lora_A.astype(np.float64) for update in updates)]
+    return truncate_product(np.hstack(left), np.vstack(right), reserve=rows)
+
+
+def canonical(result: LowRank) -> Merged:
+    """What the coordinator keeps: lora_B = U S, lora_A = V^T, orthonormal also where the singular value is zero."""
+    factors = Factors(to_single(result.right), to_single(result.left))
+    singular_values = np.linalg.norm(factors.lora_B.astype(np.float64), axis=0)
+    return Merged(factors, singular_values, result.energy_lost)
+
+
+def stacked_average(updates: Sequence[Factors], num_examples: Sequence[int]) -> tuple[Matrix, Matrix]:
+    """The average of the products as it is, (left [m, R], right [R, n]) with R the sum of the ranks."""
+    shares = shares_of(num_examples)
+    left = [update.lora_B * share for update, share in zip(updates, shares, strict=True)]
+    return np.hstack(left), np.vstack([update.lora_A.astype(np.float64) for update in updates])
