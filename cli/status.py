@@ -15,7 +15,7 @@ from rich.text import Text
 from cli.connection import Connection, messages_of, reach
 from cli.output import Format, print_json, print_screen, stdout_console
 from cli.screens import round_line, standing_line, status_screen
-from cli.words import human_seconds
+from cli.words import human_seconds, plain
 from common.errors import Unavailable
 
 WATCH_SILENCE_SECONDS = 30.0  # the coordinator speaks at least every ten
@@ -115,6 +115,9 @@ class LineView:
             if status.last_round.round != self._last.last_round.round:
                 self._print(round_line(status.last_round, status.num_rounds))
             self._print(standing_line(status))
+            for warning in status.warnings:
+                if warning not in self._last.warnings:
+                    self._print(f"! {plain(warning)}")
         self._last = status
 
     def lost(self, sentence: str) -> None:

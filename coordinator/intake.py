@@ -7,13 +7,15 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+import numpy as np
 import structlog
 
-from common.codec import check_file
-from common.errors import InvalidRequest, TooBusy, UnknownTask, WrongRank, WrongSize
+from common.codec import Layout, check_file, read_module
+from common.errors import AdapterMismatch, InvalidRequest, TooBusy, UnknownTask, WrongRank, WrongSize
 from common.transfer import check_digest
 from coordinator.federation.requests import Outcome, SubmitEvaluation, SubmitUpdate
 from coordinator.federation.state import Assignment, Client, Kind
@@ -114,9 +116,13 @@ class Intake:
         if opened is None or assignment is None or (opened.number, opened.kind) != asked:
             return (await self._engine.submit(request)).outcome
         path = await on_disk(self._uploads.completed_path, client_id, update.digest)
-        layout = self._foundation.known_manifest.layout(assignment.rank)
+        manifest, whose = self._foundation.known_manifest, f"client {client_id!r}, round {request.number}"
+        layout = manifest.layout(assignment.rank)
         try:
-            await on_disk(check_file, path, layout, f"client {client_id!r}, round {request.number}")
+            await on_disk(check_file, path, layout, whose)
+            if manifest.freezes_lora_A and assignment.slice_digest:
+                handed_out = self._foundation.blobs.open(assignment.slice_digest)
+                await on_disk(check_lora_A_is_kept, path, handed_out, layout, whose)
         except InvalidRequest:
             await on_disk(self._uploads.discard, client_id, update.digest)
             raise
@@ -159,6 +165,20 @@ class Intake:
             if undo is not None:
                 task.add_done_callback(lambda done: _undo(done, undo))
             raise
+
+
+def check_lora_A_is_kept(update: Path, handed_out: Path, layout: Layout, whose: str) -> None:
+    """Raises AdapterMismatch unless every lora_A of an update is that of the slice it was trained from.
+
+    A worker that does not know the plan's `freezes_lora_a` would train it, and the method would average nonsense.
+    """
+    for module in layout.spec.modules:
+        kept, found = (read_module(path, layout, module.name).lora_A for path in (handed_out, update))
+        if not np.array_equal(kept, found):
+            raise AdapterMismatch(
+                f"{whose}: {module.name}.lora_A was trained, but this federation's method keeps lora_A as it is; "
+                "is the worker older than the coordinator?"
+            )
 
 
 async def _next_of(chunks: AsyncIterator[bytes], ends_at: float, whose: str) -> bytes | None:

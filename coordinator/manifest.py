@@ -12,6 +12,7 @@ from typing import Any, Self
 from common.adapter import AdapterSpec, ModuleShape, TensorShape
 from common.codec import Layout, digest_of
 from common.errors import ConfigError, CorruptStore
+from coordinator.aggregation.methods import make_method
 from coordinator.config import (
     AdapterConfig,
     AggregationConfig,
@@ -51,6 +52,7 @@ class RoundPlan:
     learning_rate: float
     seed: int
     training: TrainingConfig
+    freezes_lora_A: bool  # the method's: clients train lora_B alone
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ class Manifest:
         """Its name."""
         return digest_of(self.content)
 
+    @cached_property
+    def freezes_lora_A(self) -> bool:
+        """Whether clients train lora_B alone, because the method averages it over one common lora_A."""
+        return make_method(self.aggregation.options).freezes_lora_A
+
     def layout(self, rank: int) -> Layout:
         """How a client's slice and update of this rank lie in their files."""
         return Layout(self.spec, rank, self.adapter.wire_dtype)
@@ -144,8 +151,12 @@ class Manifest:
     def plan(self, round_number: int, client_id: str) -> RoundPlan:
         """The same for every attempt of a round, so that a repeated round gives the same bytes."""
         seed = hashlib.sha256(f"{self.rounds.seed}/{round_number}/{client_id}".encode()).digest()
-        # 31 bits: every random generator accepts them.
-        return RoundPlan(self.learning_rate(round_number), int.from_bytes(seed[:4], "big") >> 1, self.training)
+        return RoundPlan(
+            learning_rate=self.learning_rate(round_number),
+            seed=int.from_bytes(seed[:4], "big") >> 1,  # 31 bits: every random generator accepts them
+            training=self.training,
+            freezes_lora_A=self.freezes_lora_A,
+        )
 
     @property
     def rules(self) -> Rules:

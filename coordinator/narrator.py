@@ -1,10 +1,13 @@
 """Tells the log what the federation does: one line a round, and why it waits when it waits."""
 
+from collections.abc import Sequence, Set
+
 import structlog
 
 from coordinator.federation.state import Kind, Phase, State
 from coordinator.merging import report_from_json
 from coordinator.service import CoordinatorService
+from coordinator.warnings import Sign, signs_of
 
 _REMIND_SECONDS = 60.0
 log = structlog.get_logger()
@@ -15,6 +18,7 @@ async def narrate(service: CoordinatorService) -> None:
     engine = service.engine
     told = engine.state  # what is in the journal already was told when it happened
     log.info("starting" if told == State() else "going on", why=service.explanation())
+    signs: Set[str] = {sign.about for sign in _signs(service, told)}
     version = -1
     while True:
         version_now = await engine.wait_for_change(version, _REMIND_SECONDS)
@@ -24,6 +28,8 @@ async def narrate(service: CoordinatorService) -> None:
         if version_now == version and state.phase is not Phase.FINISHED:
             log.info("still waiting", why=service.explanation())
         _tell(service, told, state)
+        if len(state.history) > len(told.history):
+            signs = _tell_of_signs(_signs(service, state), signs)
         version, told = version_now, state
 
 
@@ -34,6 +40,18 @@ def _tell(service: CoordinatorService, before: State, state: State) -> None:
         log.warning("paused", why=service.explanation())
     if state.phase is Phase.FINISHED and before.phase is not Phase.FINISHED:
         log.info("finished", rounds=state.round, adapter=state.adapter_digest[:12])
+
+
+def _signs(service: CoordinatorService, state: State) -> Sequence[Sign]:
+    return signs_of(state.history, service.config.aggregation.options)
+
+
+def _tell_of_signs(signs: Sequence[Sign], known: Set[str]) -> Set[str]:
+    """Each once, also one that comes and goes with the cohorts; the status repeats it as long as it lasts."""
+    for sign in signs:
+        if sign.about not in known:
+            log.warning(sign.about, why=sign.sentence)
+    return known | {sign.about for sign in signs}
 
 
 def _tell_of_clients(before: State, state: State) -> None:

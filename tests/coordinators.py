@@ -149,6 +149,7 @@ class NumpyClient:
     num_examples: int = 10
     enrol_key: str = ""
     wire_dtype: WireDtype = WireDtype.FLOAT32
+    is_too_old: bool = False  # to know what a plan may ask beside numbers
     sent: dict[int, bytes] = field(default_factory=dict)  # by round
     received: dict[int, bytes] = field(default_factory=dict)  # by round
     scalings: dict[int, float] = field(default_factory=dict)
@@ -182,8 +183,10 @@ class NumpyClient:
         """The bytes of the update."""
         start = decode(await self.download(task), Layout(SPEC, task.lora_rank, self.wire_dtype), self.client_id)
         noise = np.random.default_rng(task.plan.seed)
+        is_frozen = task.plan.freezes_lora_A and not self.is_too_old
         modules = {
-            name: Factors(_shaken(f.lora_A, noise), _shaken(f.lora_B, noise)) for name, f in start.modules.items()
+            name: Factors(f.lora_A if is_frozen else _shaken(f.lora_A, noise), _shaken(f.lora_B, noise))
+            for name, f in start.modules.items()
         }
         tensors = {name: _shaken(tensor, noise) for name, tensor in start.tensors.items()}
         content = encode(Adapter(modules, tensors), self.wire_dtype)

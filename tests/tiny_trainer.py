@@ -1,4 +1,4 @@
-"""A trainer without torch that speaks the real protocol: its training multiplies every factor by two.
+"""A trainer without torch that speaks the real protocol: its training doubles lora_A and adds one to lora_B.
 
 What it should do wrong stands in the file `mishaps` of its model's folder, one a line, used up from the top: crash,
 exit, hang, wait_at_gate, wait_for_stop, babble, out_of_memory, secret, nan, load_fails.
@@ -62,15 +62,16 @@ def _work(request: Train | Evaluate, *, poison: bool) -> Answer:
     if isinstance(request, Evaluate):
         return Evaluated(num_examples=10, metrics={"accuracy": 0.5})
     _say(ProgressMade("training", 1, 1, 0.25))
-    content = encode(trained(adapter), layout.dtype)
+    content = encode(trained(adapter, keeps_lora_A=request.plan.freezes_lora_A), layout.dtype)
     if poison:
         content = content[: len(layout.header)] + b"\xff" * 4 + content[len(layout.header) + 4 :]
     Path(request.update_path).write_bytes(content)
     return Trained(num_examples=NUM_EXAMPLES, seconds=1.5, metrics={"train_loss": 0.25})
 
 
-def trained(adapter: Adapter) -> Adapter:
-    modules = {name: Factors(2 * f.lora_A, 2 * f.lora_B) for name, f in adapter.modules.items()}
+def trained(adapter: Adapter, *, keeps_lora_A: bool = False) -> Adapter:
+    growth = 1 if keeps_lora_A else 2
+    modules = {name: Factors(growth * f.lora_A, f.lora_B + 1) for name, f in adapter.modules.items()}
     return Adapter(modules, adapter.tensors)
 
 

@@ -325,6 +325,7 @@ def _task(task: pb.Task) -> Task:
             max_grad_norm=plan.max_grad_norm,
             warmup_steps=plan.warmup_steps,
             seed=plan.seed,
+            freezes_lora_A=plan.freezes_lora_a,
         ),
         manifest_digest=task.manifest_digest,
     )

@@ -37,6 +37,7 @@ class Plan:
     max_grad_norm: float
     warmup_steps: int
     seed: int
+    freezes_lora_A: bool = False  # lora_B alone is trained; lora_A goes back bit for bit
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ The same adapter, plan and data give the same bytes on a CPU. No checkpoint, no 
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from common.errors import InvalidRequest, RafloraError
 from worker.data import Example
-from worker.model import AdaptedModel
+from worker.model import AdaptedModel, live_factors
 from worker.tasks import Collator
 from worker.trainer_protocol import Plan
 
@@ -40,6 +41,18 @@ class Outcome:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Pruning:
+    """HetLoRA's loss term: weak high directions are pushed to nothing, so that they can be cut off afterwards.
+
+    penalty * sum over modules of ||lora_B[:, t:]||_F ||lora_A[t:]||_F, with t = floor(share * rank). With t = 0 there
+    is no rank to shrink to, and no term.
+    """
+
+    share: float  # of its rank that a client may shrink to
+    penalty: float
+
+
 def train(
     model: AdaptedModel,
     examples: Sequence[Example],
@@ -48,11 +61,12 @@ def train(
     collator: Collator,
     memory_batch: int | None,
     report: Report,
+    pruning: Pruning | None = None,
 ) -> Outcome:
     """Trains the live adapter in place. Raises Diverged.
 
     `memory_batch` is how many examples fit at once; the plan's batch is accumulated from equal parts of at most
-    that size, so it is the same batch on every machine.
+    that size, so it is the same batch on every machine. With `pruning` its term is a part of the train_loss.
     """
     if plan.batch_size < 1 or (plan.local_steps < 1 and plan.local_epochs <= 0):
         raise InvalidRequest(f"plan: nothing to do in {plan}")
@@ -77,8 +91,11 @@ def train(
             **duration,
         )
         trainer = _trainer(model, arguments, collator, [_Watch(report)], train_dataset=examples)
+        if pruning is not None and math.floor(pruning.share * model.rank) > 0:
+            trainer.extra_loss = lambda: _pruning_loss(model, pruning)
         started = time.monotonic()
-        result = _run(model, trainer.train)
+        with _lora_A_frozen(model) if plan.freezes_lora_A else nullcontext():
+            result = _run(model, trainer.train)
         seconds = time.monotonic() - started
     for name, parameter in model.live.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
@@ -173,6 +190,8 @@ class _ExactTrainer(Trainer):
     The Trainer would leave the division to any model whose forward takes `**kwargs`; classifiers do not divide.
     """
 
+    extra_loss: Callable[[], torch.Tensor] | None = None  # of the parameters alone; counts once for a batch
+
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.model_accepts_loss_kwargs = True  # so the examples of the whole batch are counted, whatever the model
@@ -182,6 +201,8 @@ class _ExactTrainer(Trainer):
     ) -> Any:
         """The part's share of the whole batch's mean loss."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if self.extra_loss is not None:
+            loss = loss + self.extra_loss()
         if num_items_in_batch is not None:
             loss = loss * (len(inputs["labels"]) / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -227,10 +248,33 @@ def _arguments(model: AdaptedModel, **more: Any) -> TrainingArguments:
 
 def _trainer(
     model: AdaptedModel, arguments: TrainingArguments, collator: Collator, callbacks: list[TrainerCallback], **more: Any
-) -> Trainer:
+) -> _ExactTrainer:
     trainer = _ExactTrainer(model=model.live, args=arguments, data_collator=collator, callbacks=callbacks, **more)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+@contextmanager
+def _lora_A_frozen(model: AdaptedModel) -> Iterator[None]:
+    """While it lasts only lora_B, and what is trained outside LoRA, learns: the optimizer never sees lora_A."""
+    frozen = [lora_A for lora_A, _ in live_factors(model)]
+    for lora_A in frozen:
+        lora_A.requires_grad_(False)
+    try:
+        yield
+    finally:
+        # The live model serves other rounds and ranks after this one.
+        for lora_A in frozen:
+            lora_A.requires_grad_(True)
+
+
+def _pruning_loss(model: AdaptedModel, pruning: Pruning) -> torch.Tensor:
+    kept = math.floor(pruning.share * model.rank)
+    tails = [
+        torch.linalg.matrix_norm(lora_B[:, kept:]) * torch.linalg.matrix_norm(lora_A[kept:])
+        for lora_A, lora_B in live_factors(model)
+    ]
+    return pruning.penalty * torch.stack(tails).sum()
 
 
 def _run(model: AdaptedModel, work: Callable[[], Any]) -> Any:

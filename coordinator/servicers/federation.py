@@ -203,6 +203,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
                 max_grad_norm=training.max_grad_norm,
                 warmup_steps=training.warmup_steps,
                 seed=task.plan.seed,
+                freezes_lora_a=task.plan.freezes_lora_A,
             ),
             deadline_seconds=task.deadline_seconds,
             manifest_digest=self._service.foundation.known_manifest.digest,

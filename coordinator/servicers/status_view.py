@@ -11,15 +11,13 @@ from coordinator.federation.state import (
     Client,
     Contribution,
     Kind,
-    Phase,
     RoundRecord,
     State,
 )
 from coordinator.manifest import Manifest
 from coordinator.merging import report_from_json
 from coordinator.service import CoordinatorService, Progress
-
-_COVERED_BY_FEW = 3  # rounds without an owner after which a partition is worth a warning
+from coordinator.warnings import uncovered_rounds, warnings_of
 
 
 def status_of(service: CoordinatorService) -> pb.FederationStatus:
@@ -46,7 +44,10 @@ def status_of(service: CoordinatorService) -> pb.FederationStatus:
         clients_connected=len(state.active_clients),
         clients_known=len(state.clients),
         forecast=forecast_of(service),
-        warnings=[*warnings_of(state), *(f"a worker could not join: {why}" for why in service.counters.refusals)],
+        warnings=[
+            *warnings_of(state, config.aggregation.options),
+            *(f"a worker could not join: {why}" for why in service.counters.refusals),
+        ],
     )
     if opened is not None:
         status.quorum = state.known_rules.quorum_of(len(opened.assignments)) if opened.kind is Kind.TRAIN else 0
@@ -67,25 +68,6 @@ def forecast_of(service: CoordinatorService) -> pb.CollapseForecast:
         half_life_rounds=forecast.half_life_rounds,
         sentence=forecast.sentence,
     )
-
-
-def warnings_of(state: State) -> list[str]:
-    """What an operator should look at."""
-    warnings = []
-    rules = state.rules
-    if rules is not None and state.clients and state.phase is Phase.WAITING_FOR_CLIENTS and not state.is_paused:
-        gone = [c.client_id for c in state.clients.values() if not c.is_active]
-        if gone and len(state.active_clients) < rules.min_clients:
-            warnings.append(
-                f"too few clients are left ({', '.join(gone[:3])} gone): start the coordinator again with a smaller "
-                "rounds.min_clients, or let another worker join"
-            )
-    if state.is_paused and state.pause_reason:
-        warnings.append(f"the federation paused itself: {state.pause_reason}")
-    for (low, high), rounds in _uncovered(state.history).items():
-        if rounds >= _COVERED_BY_FEW:
-            warnings.append(f"ranks {low + 1}-{high} were trained by nobody for {rounds} rounds")
-    return warnings
 
 
 def rounds_of(state: State, manifest: Manifest, records: Sequence[RoundRecord]) -> list[pb.RoundSummary]:
@@ -146,7 +128,7 @@ def _assignment_state(assignment: Assignment) -> pb.AssignmentState:
 
 def _round(state: State, manifest: Manifest, record: RoundRecord) -> pb.RoundSummary:
     report, aggregation_seconds = report_from_json(record.report_json)
-    uncovered = _uncovered([r for r in state.history if r.number <= record.number])
+    uncovered = uncovered_rounds([r for r in state.history if r.number <= record.number])
     weights = [e.num_examples for _, _, e in record.evaluations]
     return pb.RoundSummary(
         round=record.number,
@@ -200,22 +182,6 @@ def _contribution(contribution: Contribution) -> pb.Contribution:
         train_loss=update.metrics.get("train_loss", 0.0),
         training_seconds=update.training_seconds,
     )
-
-
-def _uncovered(history: Sequence[RoundRecord]) -> dict[tuple[int, int], int]:
-    """Rounds since somebody last trained each of the newest round's partitions."""
-    if not history:
-        return {}
-    report, _ = report_from_json(history[-1].report_json)
-    counts = {}
-    for partition in report.partitions:
-        rounds = 0
-        for record in reversed(history):
-            if any(c.rank >= partition.high for c in record.contributions):
-                break
-            rounds += 1
-        counts[(partition.low, partition.high)] = rounds
-    return counts
 
 
 def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float:

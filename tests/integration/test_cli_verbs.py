@@ -34,6 +34,7 @@ def test_status_as_json_is_json_with_the_names_of_the_wire_and_nothing_else(
     found = json.loads(capsys.readouterr().out)
     assert found["phase"] == "PHASE_TRAINING"
     assert found["last_round"]["effective_rank"] == 3.25
+    assert found["warnings"] == ["bob is late"]
     assert found["paused"] is False  # present although it is the default
     assert found["bytes_sent"] == str(3 << 20)  # 64 bits do not fit every JSON reader's numbers
 

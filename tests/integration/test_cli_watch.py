@@ -45,6 +45,7 @@ def test_a_watcher_without_a_terminal_gets_a_line_for_each_change(capsys: pytest
     lines = [line for line in capsys.readouterr().out.splitlines() if "accuracy" not in line]
     assert [line.split("  ")[:2] for line in lines] == [
         ["round 2/20", "training"],
+        ["! bob is late"],  # a warning once, when it comes
         ["round 3/20", "training"],
         ["round 20/20", "finished"],
     ]
@@ -68,6 +69,7 @@ def test_a_watcher_survives_a_restart_of_the_coordinator() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         assert process.stdout.readline().startswith("round 2/20  training")
+        assert process.stdout.readline() == "! bob is late\n"
         assert "reconnecting in" in process.stdout.readline()
         canned.watched = [finished()]
         rest, complaints = process.communicate(timeout=SECONDS)

@@ -25,6 +25,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from raflora.v1 import admin_pb2, status_pb2
+from structlog.testing import capture_logs
 
 from common.codec import digest_of
 from common.errors import BaseModelMismatch, ConfigError, StateInUse
@@ -102,6 +103,18 @@ async def test_the_status_says_who_works_and_what_is_waited_for(tmp_path: Path) 
     assert (status.forecast.smallest_rank, status.forecast.largest_rank) == (2, 8)
     assert [(c.client_id, c.lora_rank, c.membership) for c in listed] == [(c, r, "active") for c, r in RANKS.items()]
     assert listed[0].slice_bytes == len(ada.received[1])
+
+
+async def test_what_will_not_mend_itself_stands_in_the_status_and_once_in_the_log(tmp_path: Path) -> None:
+    config = config_of(tmp_path, rounds__num_rounds=5)
+    with capture_logs() as logs:
+        async with serving(config) as address, observing(address) as observer, clients_of(address, RANKS) as clients:
+            await asyncio.gather(*(client.work() for client in clients))
+            status = await observer.finished()
+    (warning,) = status.warnings
+    assert warning.startswith("ranks 5-8 had at most one client in each of the last 3 rounds")
+    told = [line for line in logs if line["event"] == "one client alone trains ranks 5-8"]
+    assert [(line["log_level"], line["why"]) for line in told] == [("warning", warning)]
 
 
 async def test_watching_ends_with_the_finished_federation(tmp_path: Path) -> None:

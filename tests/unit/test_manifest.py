@@ -103,6 +103,12 @@ def test_every_client_and_round_has_a_seed_of_its_own_that_any_generator_accepts
     assert manifest.plan(1, "ada").seed == seeds[0]
 
 
+@pytest.mark.parametrize(("method", "freezes"), [("raflora", False), ("ffa-lora", True)])
+def test_a_method_that_freezes_lora_A_says_so_in_every_plan(tmp_path: Path, method: str, freezes: bool) -> None:
+    manifest = manifest_of(tmp_path, aggregation__method=method)
+    assert (manifest.freezes_lora_A, manifest.plan(1, "ada").freezes_lora_A) == (freezes, freezes)
+
+
 def test_the_layout_is_that_of_the_wire(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, adapter__wire_dtype="bfloat16")
     assert manifest.layout(3) == Layout(SPEC, 3, WireDtype.BFLOAT16)

@@ -1,4 +1,4 @@
-"""What an operator reads: rounds as they stand in the journal, and warnings about what deserves a look."""
+"""What an operator reads: rounds as they stand in the journal."""
 
 import json
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from coordinators import BASE_MODEL, SPEC, config_of
-from rounds import ADA, BOB, CEM, RANKS, after, started, tick
+from rounds import ADA, BOB, CEM, RANKS, started
 
 from coordinator.aggregation.report import RankPartition, RoundReport
 from coordinator.federation.state import Contribution, Evaluation, RoundRecord, State, Update
 from coordinator.manifest import Manifest
-from coordinator.servicers.status_view import rounds_of, warnings_of
+from coordinator.servicers.status_view import rounds_of
 
 REPORT = RoundReport(
     partitions=(RankPartition(0, 2, 0.5, 3, 3.0), RankPartition(2, 4, 0.3, 2, 2.0), RankPartition(4, 8, 0.2, 1, 1.0)),
@@ -72,16 +72,3 @@ def test_a_round_counts_since_when_a_partition_is_uncovered_as_it_was_then(manif
     summaries = rounds_of(state, manifest, state.history)
     uncovered = [[p.rounds_uncovered for p in summary.partitions] for summary in summaries]
     assert uncovered == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [0, 0, 0]]
-
-
-def test_a_partition_that_nobody_trains_is_worth_a_warning() -> None:
-    rounds = [record(1, [CEM]), record(2, [BOB]), record(3, [BOB])]
-    assert warnings_of(federation(*rounds)) == []
-    assert warnings_of(federation(*rounds, record(4, [BOB]))) == ["ranks 5-8 were trained by nobody for 3 rounds"]
-
-
-def test_a_federation_that_paused_itself_is_worth_a_warning() -> None:
-    state = after(tick(100.0), tick(200.0), start=started(max_attempts=1))
-    (warning,) = warnings_of(state)
-    assert warning == "the federation paused itself: only 0 of 2 updates after the deadline was extended once"
-    assert warnings_of(started()) == []

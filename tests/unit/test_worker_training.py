@@ -27,10 +27,10 @@ from common.codec import encode
 from common.errors import InvalidRequest
 from worker.config import DataConfig, ModelConfig
 from worker.data import LocalData, load_data
-from worker.model import AdaptedModel, load_model, read_adapter, write_adapter
+from worker.model import AdaptedModel, live_factors, load_model, read_adapter, write_adapter
 from worker.tasks import Preparation
 from worker.trainer_protocol import ModelOrder
-from worker.training import Diverged, Outcome, evaluate, train
+from worker.training import Diverged, Outcome, Pruning, evaluate, train
 
 pytestmark = pytest.mark.torch
 
@@ -228,3 +228,99 @@ def test_a_bfloat16_base_trains_the_same_in_every_round(tmp_path: Path) -> None:
 def test_a_plan_with_nothing_to_do_is_refused(site: Site, plan: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match="nothing to do"):
         site.trained(start(site), **plan)
+
+
+# ---------------------------------------------------------------- what a method asks of its clients
+
+
+def kept_lora_A(one: Adapter, other: Adapter) -> list[bool]:
+    return [np.array_equal(one.modules[name].lora_A, other.modules[name].lora_A) for name in one.modules]
+
+
+def test_a_plan_that_freezes_lora_A_trains_lora_B_alone(site: Site) -> None:
+    first = start(site)
+    adapter, _ = site.trained(first, freezes_lora_A=True, weight_decay=0.1)
+    assert all(kept_lora_A(adapter, first))
+    assert all((factors.lora_B != 0.0).any() for factors in adapter.modules.values())
+
+
+def test_lora_A_learns_again_after_a_frozen_round_of_another_rank(site: Site) -> None:
+    plain, _ = site.trained(start(site))
+    site.trained(start(site, 2), freezes_lora_A=True)
+    again, _ = site.trained(start(site))
+    assert encode(again) == encode(plain)
+    assert not any(kept_lora_A(again, start(site)))
+
+
+def test_lora_A_learns_again_after_a_frozen_round_that_failed(site: Site) -> None:
+    with pytest.raises(Diverged):
+        site.trained(start(site), freezes_lora_A=True, learning_rate=1e30, local_steps=5, max_grad_norm=1e30)
+    assert all(lora_A.requires_grad and lora_B.requires_grad for lora_A, lora_B in live_factors(site.model))
+
+
+def test_a_head_is_trained_beside_a_frozen_lora_A(tmp_path: Path) -> None:
+    site = site_of(save_bert(tmp_path), BERT_ORDER, moods(16))
+    first = start(site)
+    adapter, _ = site.trained(first, freezes_lora_A=True)
+    assert all(kept_lora_A(adapter, first))
+    assert (adapter.tensors["classifier.weight"] != first.tensors["classifier.weight"]).any()
+
+
+def pruned(site: Site, pruning: Pruning | None, memory_batch: int | None = None) -> tuple[Adapter, float]:
+    """One step from an adapter that changes what the model says; the loss it started from."""
+    write_adapter(site.model, random_adapter(site.model.spec, 4), scaling=1.0)
+    outcome = train(
+        site.model,
+        site.data.train,
+        dataclasses.replace(PLAN, local_steps=1),
+        collator=site.preparation.collator,
+        memory_batch=memory_batch,
+        report=lambda *_: None,
+        pruning=pruning,
+    )
+    return read_adapter(site.model), outcome.metrics["train_loss"]
+
+
+def tail(adapter: Adapter, kept: int) -> float:
+    products = (np.linalg.norm(f.lora_B[:, kept:]) * np.linalg.norm(f.lora_A[kept:]) for f in adapter.modules.values())
+    return float(sum(products))
+
+
+@pytest.mark.parametrize("memory_batch", [None, 2])
+def test_the_pruning_term_counts_once_for_a_batch_and_only_above_the_rank_to_keep(
+    site: Site, memory_batch: int | None
+) -> None:
+    plain, loss = pruned(site, None, memory_batch)
+    adapter, pruned_loss = pruned(site, Pruning(share=0.7, penalty=0.5), memory_batch)
+    before = random_adapter(site.model.spec, 4)
+    assert pruned_loss - loss == pytest.approx(0.5 * tail(before, 2), rel=1e-4)  # floor(0.7 * 4) directions are kept
+    assert tail(adapter, 2) < min(tail(plain, 2), tail(before, 2))
+
+
+def test_the_pruning_term_pulls_at_no_direction_that_is_kept(site: Site) -> None:
+    heavy, _ = pruned(site, Pruning(share=0.5, penalty=1e6))
+    before = random_adapter(site.model.spec, 4)
+    for name, factors in heavy.modules.items():
+        # Beside that gradient every other is nothing, so what is kept stays where it was but for AdamW's epsilon.
+        np.testing.assert_allclose(factors.lora_A[:2], before.modules[name].lora_A[:2], atol=PLAN.learning_rate)
+        assert (np.abs(factors.lora_A[2:]) < np.abs(before.modules[name].lora_A[2:])).mean() > 0.9
+
+
+def test_a_rank_that_cannot_shrink_has_no_pruning_term(site: Site) -> None:
+    plain, _ = pruned(site, None)
+    again, _ = pruned(site, Pruning(share=0.2, penalty=0.5))
+    assert encode(again) == encode(plain)
+
+
+def test_a_pruning_term_of_an_adapter_that_is_nothing_is_a_number(site: Site) -> None:
+    write_adapter(site.model, start(site), scaling=1.0)
+    outcome = train(
+        site.model,
+        site.data.train,
+        PLAN,
+        collator=site.preparation.collator,
+        memory_batch=None,
+        report=lambda *_: None,
+        pruning=Pruning(share=0.5, penalty=0.1),
+    )
+    assert math.isfinite(outcome.metrics["train_loss"])

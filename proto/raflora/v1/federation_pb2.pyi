@@ -211,7 +211,7 @@ class BlobReference(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class TrainingPlan(_message.Message):
-    __slots__ = ("learning_rate", "local_steps", "local_epochs", "batch_size", "weight_decay", "max_grad_norm", "warmup_steps", "seed")
+    __slots__ = ("learning_rate", "local_steps", "local_epochs", "batch_size", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "freezes_lora_a")
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_EPOCHS_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +220,7 @@ class TrainingPlan(_message.Message):
     MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     WARMUP_STEPS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    FREEZES_LORA_A_FIELD_NUMBER: _ClassVar[int]
     learning_rate: float
     local_steps: int
     local_epochs: float
@@ -228,7 +229,8 @@ class TrainingPlan(_message.Message):
     max_grad_norm: float
     warmup_steps: int
     seed: int
-    def __init__(self, learning_rate: _Optional[float] = ..., local_steps: _Optional[int] = ..., local_epochs: _Optional[float] = ..., batch_size: _Optional[int] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., warmup_steps: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+    freezes_lora_a: bool
+    def __init__(self, learning_rate: _Optional[float] = ..., local_steps: _Optional[int] = ..., local_epochs: _Optional[float] = ..., batch_size: _Optional[int] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., warmup_steps: _Optional[int] = ..., seed: _Optional[int] = ..., freezes_lora_a: _Optional[bool] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("client_id", "enrol_key", "lease_token", "progress")

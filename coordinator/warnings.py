@@ -1,0 +1,146 @@
+"""What an operator should look at: sentences that follow from the state alone.
+
+Pure functions; nothing here logs, sends or decides anything. docs/operations.md says what to do about each.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from coordinator.aggregation.method import MethodOptions
+from coordinator.aggregation.report import RankPartition, RoundReport
+from coordinator.federation.state import Phase, RoundRecord, State
+from coordinator.merging import report_from_json
+
+LONG = 3  # rounds in which a partition lacks clients before that is worth a warning
+SPAN = 10  # rounds over which a norm is compared, and that a federation is given to find its first directions
+GROWTH = 2.0  # of the norm over SPAN rounds; healthy runs show 1.3 to 1.6, diverging ones 3 and more
+# Here the owners of a rank index decide it among themselves, however few they are.
+_OWNERS_DECIDE = frozenset({"raflora", "rb-lora", "replication"})
+_WEIGHT_FLOOR = "method raflora and an aggregation.weight_floor (0.3, say)"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Something in the finished rounds that will not mend itself."""
+
+    about: str  # stays the same from round to round while it lasts
+    sentence: str  # what is seen, and what can be done
+
+
+def warnings_of(state: State, options: MethodOptions) -> list[str]:
+    """All that is worth a look now, as sentences."""
+    warnings = []
+    rules = state.rules
+    if rules is not None and state.clients and state.phase is Phase.WAITING_FOR_CLIENTS and not state.is_paused:
+        gone = [c.client_id for c in state.clients.values() if not c.is_active]
+        if gone and len(state.active_clients) < rules.min_clients:
+            warnings.append(
+                f"too few clients are left ({', '.join(gone[:3])} gone): start the coordinator again with a smaller "
+                "rounds.min_clients, or let another worker join"
+            )
+    if state.is_paused and state.pause_reason:
+        warnings.append(f"the federation paused itself: {state.pause_reason}")
+    return warnings + [sign.sentence for sign in signs_of(state.history, options)]
+
+
+def signs_of(history: Sequence[RoundRecord], options: MethodOptions) -> tuple[Sign, ...]:
+    """What the finished rounds, oldest first, say about the coming ones."""
+    if not history:
+        return ()
+    return (*_divergence(history, options), *_lone_owner(history, options), *_nobody(history))
+
+
+def uncovered_rounds(history: Sequence[RoundRecord]) -> Mapping[tuple[int, int], int]:
+    """Rounds since somebody last trained each of the newest round's partitions, by (low, high)."""
+    if not history:
+        return {}
+    return {(p.low, p.high): _rounds_with_at_most(0, p, history) for p in _report(history[-1]).partitions}
+
+
+def _divergence(history: Sequence[RoundRecord], options: MethodOptions) -> Iterator[Sign]:
+    """A norm that explodes while the loss rises. Either alone is normal life: early rounds, or a hard cohort."""
+    if len(history) < 2 * SPAN:
+        return
+    first, last = history[-1 - SPAN], history[-1]
+    before, now = _report(first).norm, _report(last).norm
+    losses = [_train_loss(record) for record in history[-SPAN:]]
+    earlier, later = _mean(losses[: SPAN // 2]), _mean(losses[SPAN // 2 :])
+    if now > GROWTH * before > 0.0 and later > earlier:
+        about = "the global adapter seems to diverge"
+        floor = f", or with {_WEIGHT_FLOOR}" if _gives_a_lone_owner_all(options) else ""
+        yield Sign(
+            about,
+            f"{about}: from round {first.number} to {last.number} its norm grew from {before:.3g} to {now:.3g}, and "
+            f"within these rounds the training loss rose from {earlier:.3g} to {later:.3g}; found a new federation "
+            f"with a lower training.learning_rate that decays{floor}",
+        )
+
+
+def _lone_owner(history: Sequence[RoundRecord], options: MethodOptions) -> Iterator[Sign]:
+    """The highest directions are one client's, and nothing bounds what it puts there."""
+    if not _gives_a_lone_owner_all(options) or any(len(record.contributions) < 2 for record in history[-LONG:]):
+        return
+    lone = [
+        partition
+        for partition in _report(history[-1]).partitions
+        if _rounds_with_at_most(1, partition, history) >= LONG > _rounds_with_at_most(0, partition, history)
+    ]
+    if not lone:
+        return
+    # Who owns an index owns all below it, so the partitions that lack clients follow each other.
+    low, high = lone[0].low, lone[-1].high
+    yield Sign(
+        f"one client alone trains {_ranks(low, high)}",
+        f"{_ranks(low, high)} had at most one client in each of the last {LONG} rounds, and what it learns goes into "
+        f"the adapter whole, its noise included: let more clients of rank {high} take part, or found the next "
+        f"federation with {_WEIGHT_FLOOR}",
+    )
+
+
+def _nobody(history: Sequence[RoundRecord]) -> Iterator[Sign]:
+    for (low, high), rounds in uncovered_rounds(history).items():
+        if rounds >= LONG:
+            about = f"{_ranks(low, high)} were trained by nobody"
+            yield Sign(about, f"{about} for {rounds} rounds")
+
+
+def _gives_a_lone_owner_all(options: MethodOptions) -> bool:
+    if options.name != "raflora":
+        return options.name in _OWNERS_DECIDE
+    match options.shrinkage:
+        case "weight-floor":
+            return options.weight_floor == 0.0
+        case "effective-owners":
+            return options.kappa == 0.0
+        case _:
+            return False
+
+
+def _rounds_with_at_most(owners: int, partition: RankPartition, history: Sequence[RoundRecord]) -> int:
+    """How many of the newest rounds, without a gap, had no more owners of the partition than this."""
+    rounds = 0
+    for record in reversed(history):
+        if sum(contribution.rank >= partition.high for contribution in record.contributions) > owners:
+            break
+        rounds += 1
+    return rounds
+
+
+def _ranks(low: int, high: int) -> str:
+    return f"ranks {low + 1}-{high}" if high > low + 1 else f"rank {high}"
+
+
+def _report(record: RoundRecord) -> RoundReport:
+    return report_from_json(record.report_json)[0]
+
+
+def _train_loss(record: RoundRecord) -> float:
+    """The clients' mean, weighted by num_examples; NaN if nobody told: it compares as neither more nor less."""
+    told = [c.update for c in record.contributions if "train_loss" in c.update.metrics]
+    examples = sum(update.num_examples for update in told)
+    return sum(u.metrics["train_loss"] * u.num_examples for u in told) / examples if examples else math.nan
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
