@@ -84,12 +84,12 @@ def save_vit(folder: Path, labels: Sequence[str] = SIDES) -> Path:
     return folder
 
 
-def save_bert(folder: Path, *, with_pooler: bool = True, dropout: float = 0.1) -> Path:
+def save_bert(folder: Path, *, with_pooler: bool = True, dropout: float = 0.1, layers: int = 1) -> Path:
     """A BERT with a tokenizer of eight words; without a pooler it is the checkpoint of a masked language model."""
     torch.manual_seed(0)
     config = BertConfig(  # type: ignore[call-arg] # the number of labels is every configuration's
         hidden_size=16,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=24,
         vocab_size=len(_VOCABULARY),

@@ -71,6 +71,8 @@ class DataConfig(Section):
     """A second sentence, if the task has one."""
     image_column: str = "image"
     """For image classification: a PNG or JPEG (bytes, or a path beside the file), or rows of grey values."""
+    feature_column: str = "features"
+    """For feature classification: a list of numbers, or for token features a list of such lists."""
     label_column: str = "label"
     """A class's number or its name."""
     max_length: int = Field(default=256, ge=8, le=131_072)

@@ -65,10 +65,12 @@ def load_data(config: DataConfig, prepare: Callable[[Row], Example], *, seed: in
 
     Raises DataError for the first row that cannot be used.
     """
-    rows = _read(config.train, config.subset, config.train_split, offline)
+    rows = read_source(config.train, config.subset, config.train_split, offline=offline)
     rows = _sample(rows, config.max_examples, seed)
     if config.test is not None:
-        test = _sample(_read(config.test, config.subset, config.test_split, offline), config.max_examples, seed)
+        test = _sample(
+            read_source(config.test, config.subset, config.test_split, offline=offline), config.max_examples, seed
+        )
     else:
         rows, test = _hold_out(rows, config, seed)
     return LocalData(train=[prepare(row) for row in rows], test=[prepare(row) for row in test])
@@ -85,7 +87,8 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def _read(source: str, subset: str | None, split: str, offline: bool) -> list[Row]:
+def read_source(source: str, subset: str | None, split: str, *, offline: bool) -> list[Row]:
+    """The records of a file or of a hub data set's split, at least one. Raises DataError."""
     path = Path(source).expanduser()
     if path.suffix in FILE_KINDS:
         rows = list(read_rows(path))

@@ -119,6 +119,12 @@ def read_adapter(model: AdaptedModel) -> Adapter:
     return peft_format.from_state(arrays, model.spec)
 
 
+def live_factors(model: AdaptedModel) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """lora_A [rank, in] and lora_B [out, rank] of every adapted layer: the very parameters, not copies."""
+    name, layers = model.adapter_name, _lora_layers(model.live).values()
+    return [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers]
+
+
 def device_of(config: ModelConfig) -> torch.device:
     """The device that the site names; auto is a GPU if there is one. Raises ModelError if there is none such."""
     if config.device == "auto":

@@ -5,6 +5,7 @@ A new kind of task is one more class here; model, data and training know none of
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from transformers import (
 from common.errors import InvalidRequest, RafloraError
 from worker.config import DataConfig
 from worker.data import ClassName, DataError, Example, Row
+from worker.features import FeatureClassifier, collate_features
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 GREY_LEVELS = 255
@@ -66,7 +68,7 @@ class Task(Protocol):
 
 def task_named(name: str) -> Task:
     """The task of that name. Raises InvalidRequest that lists those there are."""
-    tasks: tuple[Task, ...] = (SequenceClassification(), ImageClassification())
+    tasks: tuple[Task, ...] = (SequenceClassification(), ImageClassification(), FeatureClassification())
     for task in tasks:
         if task.name == name:
             return task
@@ -91,7 +93,7 @@ class SequenceClassification(_Classification):
 
     def prepare(self, folder: Path, model: Any, labels: Sequence[str], config: DataConfig) -> Preparation:
         """Loads the tokenizer; a model without a padding token pads with its end-of-sequence token."""
-        tokenizer = _tokenizer_in(folder)
+        tokenizer = tokenizer_in(folder)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if getattr(model.config, "pad_token_id", None) is None:
@@ -113,7 +115,20 @@ class ImageClassification(_Classification):
         return _Images(processor, mode, LabelColumn(config.label_column, labels), config.image_column)
 
 
-def _tokenizer_in(folder: Path) -> Any:
+class FeatureClassification(_Classification):
+    """A label for the features that a frozen encoder computed once."""
+
+    name = "feature-classification"
+    auto_class = FeatureClassifier
+
+    def prepare(self, folder: Path, model: Any, labels: Sequence[str], config: DataConfig) -> Preparation:  # noqa: ARG002
+        """The model's configuration says what features look like; nothing need lie beside it."""
+        shape = _FeatureShape(model.config.hidden_size, of_tokens=model.config.num_hidden_layers > 0)
+        return _Features(shape, LabelColumn(config.label_column, labels), config.feature_column)
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer that lies in a folder. Raises ModelError if it cannot be loaded or knows no words."""
     advice = f"put the tokenizer of the base model (tokenizer.json, tokenizer_config.json) into {folder}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -221,6 +236,41 @@ class _Images:
         if isinstance(value, str):
             return _decoded(_read(row.folder / value, where), where)
         return _from_rows(value, where)
+
+
+@dataclass(frozen=True)
+class _FeatureShape:
+    width: int
+    of_tokens: bool
+
+    def __str__(self) -> str:
+        return f"rows of {self.width} numbers, one a token," if self.of_tokens else f"{self.width} numbers"
+
+
+class _Features:
+    def __init__(self, shape: _FeatureShape, label: LabelColumn, column: str) -> None:
+        self._shape = shape
+        self._label = label
+        self._column = column
+        self.collator: Collator = collate_features
+
+    def example(self, row: Row) -> Example:
+        return {"features": self._numbers(row), "labels": self._label.number(row)}
+
+    def _numbers(self, row: Row) -> np.ndarray[Any, np.dtype[np.float32]]:
+        value = row[self._column]
+        where = f"{row.where}: column {self._column!r}"
+        try:
+            with np.errstate(over="ignore"):  # infinity is looked for below
+                numbers = np.asarray(value, dtype=np.float32)
+        except (TypeError, ValueError, OverflowError):
+            numbers = np.empty(0, dtype=np.float32)
+        axes = 2 if self._shape.of_tokens else 1
+        if isinstance(value, str) or numbers.ndim != axes or not numbers.size or numbers.shape[-1] != self._shape.width:
+            raise DataError(f"{where} holds {value!r:.60}; {self._shape} are expected")
+        if not np.isfinite(numbers).all():
+            raise DataError(f"{where} holds numbers that are not finite")
+        return numbers
 
 
 def _read(path: Path, where: str) -> bytes:
