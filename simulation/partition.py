@@ -1,7 +1,7 @@
 """Unequal data: which examples each client holds. Pure and seeded: the same arguments give the same parts."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,66 @@ def dirichlet_partition(
     return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
 
 
+def iid_partition(num_examples: int, num_clients: int, *, seed: int) -> list[Indices]:
+    """Splits the examples among clients at random, as evenly as can be. Indices are sorted. Raises InvalidRequest."""
+    if not 1 <= num_clients <= num_examples:
+        raise InvalidRequest(f"partition: {num_examples} examples cannot be divided among {num_clients} clients")
+    order = seeded_generator("iid", seed).permutation(num_examples)
+    return [np.sort(part.astype(np.int64)) for part in np.array_split(order, num_clients)]
+
+
+def shard_partition(
+    labels: Sequence[int], num_clients: int, *, shards_per_client: int, seed: int, at_least: int = 1
+) -> list[Indices]:
+    """Sorts the examples by label, cuts them into equal runs and deals every client so many of them at random.
+
+    Every example goes to exactly one client; who would have fewer than `at_least` takes from who has most. Indices
+    are sorted. Raises InvalidRequest if there are too few examples.
+    """
+    kinds, num_shards = np.asarray(labels), num_clients * shards_per_client
+    if num_shards < 1 or kinds.size < max(num_shards, num_clients * at_least):
+        raise InvalidRequest(
+            f"partition: {kinds.size} examples, {num_clients} clients with {shards_per_client} shards and at least "
+            f"{at_least} examples each"
+        )
+    generator = seeded_generator("shards", seed)
+    shuffled = generator.permutation(kinds.size)  # or the file's order would say which examples share a shard
+    shards = np.array_split(shuffled[np.argsort(kinds[shuffled], kind="stable")], num_shards)
+    dealt = generator.permutation(num_shards).reshape(num_clients, shards_per_client)
+    parts = [[int(index) for shard in own for index in shards[shard]] for own in dealt]
+    _fill_up(parts, at_least)
+    return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
+
+
+def natural_partition(groups: Sequence[str], num_clients: int, *, seed: int, at_least: int = 1) -> list[Indices]:
+    """Divides the clients evenly among the groups that the data itself has; inside a group at random, evenly.
+
+    `groups` names each example's group. What does not come out even goes to the largest groups; with more groups than
+    clients each client gets several whole groups. Indices are sorted. Raises InvalidRequest, naming the group, if a
+    client would get fewer than `at_least`: taking from another group would blur what the data is divided by.
+    """
+    members = {name: np.flatnonzero(np.asarray(groups, dtype=str) == name) for name in sorted(set(groups))}
+    generator = seeded_generator("natural", seed)
+    parts: list[Indices] = []
+    if 1 <= num_clients < len(members):
+        dealt = [list(members)[index] for index in generator.permutation(len(members))]
+        hands = [dealt[client::num_clients] for client in range(num_clients)]
+        named = [(" and ".join(hand[:3]), np.concatenate([members[name] for name in hand])) for hand in hands]
+    else:
+        named = []
+        for name, clients in _shared_out(members, num_clients).items():
+            order = generator.permutation(members[name])
+            named += [(name, part) for part in np.array_split(order, clients)]
+    for name, part in named:
+        if part.size < at_least:
+            raise InvalidRequest(
+                f"partition: group {name!r} gives a client {part.size} examples, at least {at_least} are wanted; "
+                "lower min_examples or the number of clients"
+            )
+        parts.append(np.sort(part.astype(np.int64)))
+    return parts
+
+
 def skewed_sample(labels: Sequence[int], name: str, *, count: int, alpha: float, seed: int) -> Indices:
     """One client's examples, from its name alone: its label mixture is drawn from Dirichlet(alpha).
 
@@ -45,7 +105,7 @@ def skewed_sample(labels: Sequence[int], name: str, *, count: int, alpha: float,
     repeats; fewer than `count` only if there are fewer examples.
     """
     kinds = np.asarray(labels)
-    generator = _generator_for(name, seed)
+    generator = seeded_generator(name, seed)
     present, positions = np.unique(kinds, return_inverse=True)
     mixture = generator.dirichlet(np.full(present.size, alpha))
     # A little of everything, so that no weight is zero and any count can be drawn without repeats.
@@ -54,13 +114,23 @@ def skewed_sample(labels: Sequence[int], name: str, *, count: int, alpha: float,
     return np.sort(chosen.astype(np.int64))
 
 
+def seeded_generator(name: str, seed: int) -> Any:
+    """A named stream of random numbers: what one stream draws never changes another."""
+    stream = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(stream[:16], "big")))
+
+
+def _shared_out(members: Mapping[str, Indices], num_clients: int) -> dict[str, int]:
+    """How many clients each group has."""
+    if not members or num_clients < 1:
+        raise InvalidRequest(f"partition: {len(members)} groups cannot be divided among {num_clients} clients")
+    each, left = divmod(num_clients, len(members))
+    largest = sorted(members, key=lambda name: (-members[name].size, name))[:left]
+    return {name: each + (name in largest) for name in members}
+
+
 def _fill_up(parts: list[list[int]], at_least: int) -> None:
     """Moves examples from the largest part to those that have too few."""
     for part in parts:
         while len(part) < at_least:
             part.append(max(parts, key=len).pop())
-
-
-def _generator_for(name: str, seed: int) -> Any:
-    stream = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(stream[:16], "big")))
