@@ -41,6 +41,8 @@ _SET_UP = Group.create_ordered("Set up")
 
 # One line a verb; its help is its docstring.
 app.command("cli.demo:demo", group=_RUN)
+app.command("cli.simulate:simulate", group=_RUN)
+app.command("cli.compare:compare", group=_RUN)
 app.command("cli.coordinator:coordinator", group=_RUN)
 app.command("cli.worker:worker", group=_RUN)
 app.command("cli.status:status", group=_LOOK)

@@ -1,0 +1,128 @@
+"""The report is one file that fetches nothing, and says the numbers of its rows."""
+
+from html.parser import HTMLParser
+
+import pytest
+from simulated_rows import a_run, an_experiment, key
+
+pytest.importorskip("matplotlib")
+
+from simulation.experiment import ExperimentConfig
+from simulation.report_html import Report, render
+from simulation.schedule import Choice
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and gathers what tests ask for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("href", "src", "xlink:href", "data", "action"):
+                self.links.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data.strip())
+
+
+def experiment(**changes: object) -> ExperimentConfig:
+    arms = [{"name": "raflora"}, {"name": "flexlora", "method": "flexlora"}, {"name": "flora", "method": "flora"}]
+    settings = {
+        "name": "collapse",
+        "description": "Who keeps <their> ranks?",
+        "model": {"path": "digits", "task": "image-classification"},
+        "data": {"train": "digits", "test": "digits"},
+        "clients": {"count": 4, "ranks": [4, 8, 16], "per_round": 2},
+        "rounds": {"num_rounds": 3},
+        "training": {"learning_rate": 0.005},
+        "arms": arms,
+    }
+    return ExperimentConfig.model_validate(settings | changes)
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    tuning = {"learning_rates": [0.001, 0.005]}
+    choices = (Choice("raflora", 0.005, "linear", 0.861, at_the_edge=True),)
+    results = an_experiment() + an_experiment(stage="best")
+    return render(
+        Report(experiment(tuning=tuning), results, choices, made_with="raflora 0", missing=("flora, seed 3",))
+    )
+
+
+def test_the_page_is_well_formed(text: str) -> None:
+    assert text.startswith("<!DOCTYPE html>")
+    assert Page(text).open == []
+
+
+def test_the_page_fetches_nothing_and_runs_nothing(text: str) -> None:
+    page = Page(text)
+    assert all(link.startswith("#") for link in page.links)
+    assert "script" not in page.tags
+    assert "@import" not in text
+    assert "http:" not in text
+    assert "https:" not in text
+
+
+def test_every_id_is_there_once_and_every_link_meets_one(text: str) -> None:
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids))
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+
+
+def test_the_page_has_the_numbers_of_the_rows(text: str) -> None:
+    words = Page(text).words
+    assert "86.8 ± 0.4 (3)" in words  # raFLoRA's accuracy
+    assert "+8.3 ± 0.8 (3)" in words  # and its paired difference to FlexLoRA
+    assert "3 of 3" in words
+    assert any(word.startswith("87.3 ± 0.4 (3)") for word in words)
+    assert "86.1" in words  # the validation accuracy of the choice
+
+
+def test_what_speaks_against_it_comes_before_the_tables(text: str) -> None:
+    assert text.index("flora is above raflora by 0.5 points") < text.index("<table")
+
+
+def test_what_settings_say_is_text_and_never_markup(text: str) -> None:
+    assert "Who keeps &lt;their&gt; ranks?" in text
+    assert "<their>" not in text
+
+
+def test_runs_that_are_missing_are_said(text: str) -> None:
+    assert "Not everything has been run: flora, seed 3." in text
+
+
+def test_another_baseline_is_compared_with() -> None:
+    text = render(Report(experiment(), an_experiment(), baseline="flora"))
+    assert "points over flora" in text
+    assert "-0.5 ± 0.0 (3)" in Page(text).words
+
+
+def test_a_page_of_one_diverged_run_still_stands() -> None:
+    text = render(Report(experiment(), a_run(key("raflora"), 0.5, status="diverged: not <finite>")))
+    assert "diverged: not &lt;finite&gt;" in text
+    assert Page(text).open == []
