@@ -105,9 +105,9 @@ def _check_baseline(experiment: "ExperimentConfig", baseline: str) -> None:
 
 def _write(compared: _Compared, page: Path, pictures: Path) -> None:
     """The page and the pictures."""
-    from simulation.figures import draw_all  # noqa: PLC0415 - matplotlib
-    from simulation.plotting import write_png  # noqa: PLC0415
-    from simulation.report_html import Report, render  # noqa: PLC0415
+    from simulation.report.figures import draw_all  # noqa: PLC0415 - matplotlib
+    from simulation.report.plotting import write_png  # noqa: PLC0415
+    from simulation.report.render import Report, render  # noqa: PLC0415
     from simulation.runner import missing_runs, name_of  # noqa: PLC0415
 
     experiment, outcome = compared.experiment, compared.outcome

@@ -109,12 +109,9 @@ def _type_in_words(annotation: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in inside)
     if origin in (tuple, list, frozenset):
-        words = _type_in_words(inside[0])
-        return f"list of {words.replace('table', 'tables', 1) if words.startswith('table') else words + 's'}"
-    if origin is not None and len(inside) == 2 and inside[1] is Any:
-        return "table"
+        return f"list of {_plural(_type_in_words(inside[0]))}"
     if origin is not None and len(inside) == 2:
-        return f"table of {_type_in_words(inside[1])}s"
+        return "table" if inside[1] is Any else f"table of {_plural(_type_in_words(inside[1]))}"
     if hasattr(only, "__metadata__"):
         return _type_in_words(only.__origin__)
     if isinstance(only, type) and issubclass(only, Enum):
@@ -123,6 +120,10 @@ def _type_in_words(annotation: Any) -> str:
         few = len(only.model_fields) <= _FEW_KEYS
         return f"table ({', '.join(only.model_fields)})" if few else "table (below)"
     return _WORDS_OF_TYPES.get(only, getattr(only, "__name__", str(only)))
+
+
+def _plural(words: str) -> str:
+    return words.replace("table", "tables", 1) if words.startswith("table") else f"{words}s"
 
 
 def _default(field: FieldInfo) -> str:

@@ -11,11 +11,11 @@ from rich.text import Text
 
 from cli.words import human_bytes, plain
 from simulation.experiment import ExperimentConfig
-from simulation.findings import findings_of
+from simulation.report.findings import findings_of
+from simulation.report.summary import ArmSummary, default_baseline, differences, summarise
+from simulation.report.tables import decimals, points, share, signed_points, spread_text
 from simulation.runner import Outcome, missing_runs, name_of
 from simulation.schedule import BEST, SAME
-from simulation.summary import ArmSummary, default_baseline, differences, summarise
-from simulation.tables import decimals, points, share, signed_points, spread_text
 
 _TITLES = {SAME: "At the experiment's own learning rate", BEST: "Every arm at its own best learning rate"}
 

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from common.errors import ConfigError
 from common.settings import Section
-from coordinator.config import MethodConfig, Rank, Share, TrainingConfig
+from coordinator.config import MethodConfig, Rank, TrainingConfig
 
 Decay = Literal["linear", "cosine", "constant"]
 
@@ -67,7 +67,7 @@ class DataSection(Section):
     """Likewise."""
     validation: float = Field(default=0.1, ge=0, lt=1)
     """Of every client's examples, held out of its training; what tuning is judged on."""
-    max_length: int = Field(default=64, ge=1)
+    max_length: int = Field(default=64, ge=8)
     """Tokens a text."""
 
     @model_validator(mode="after")
@@ -135,7 +135,7 @@ class Arm(MethodConfig):
     """In tables and plots."""
     rank: int = Field(default=0, ge=0)
     """Set: all clients have this rank (a reference)."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Settings of the experiment that are others for this arm: "clients.alpha" = 0.1."""
 
 
@@ -168,7 +168,7 @@ class ExperimentConfig(Section):
     arms: tuple[Arm, ...] = Field(min_length=1)
     """What is compared."""
     tuning: TuningSection = TuningSection()
-    without_gpu: dict[str, Any] = {}
+    without_gpu: dict[str, Any] = Field(default_factory=dict)
     """Settings that are others where torch sees no GPU: "rounds.num_rounds" = 2, for a variant that a CPU can run."""
 
     @model_validator(mode="after")
@@ -192,7 +192,7 @@ class ExperimentConfig(Section):
     def _with(self, changes: Mapping[str, Any], whose: str) -> "ExperimentConfig":
         content = self.model_dump()
         for key, value in changes.items():
-            place = content
+            place: Any = content
             *sections, last = key.split(".")
             for section in sections:
                 place = place.get(section)

@@ -10,8 +10,8 @@ from simulated_rows import a_run, an_experiment, key
 
 pytest.importorskip("matplotlib")
 
-from simulation.figures import draw_all, energy_above_smallest, gather
-from simulation.plotting import Picture, inline_svg, styles_for, svg_of, write_png
+from simulation.report.figures import draw_all, energy_above_smallest, gather
+from simulation.report.plotting import Picture, inline_svg, styles_for, svg_of, write_png
 from simulation.results import Results
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -138,10 +138,10 @@ def test_eighteen_arms_look_different() -> None:
 
 def test_matplotlib_is_loaded_by_the_first_picture_and_pyplot_never() -> None:
     code = (
-        "import sys, simulation.figures, simulation.report_html\n"
+        "import sys, simulation.report.figures, simulation.report.render\n"
         "assert 'matplotlib' not in sys.modules\n"
         "from simulated_rows import an_experiment\n"
-        "assert simulation.figures.draw_all(an_experiment())\n"
+        "assert simulation.report.figures.draw_all(an_experiment())\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     paths = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]

@@ -8,7 +8,7 @@ from simulated_rows import a_run, an_experiment, key
 pytest.importorskip("matplotlib")
 
 from simulation.experiment import ExperimentConfig
-from simulation.report_html import Report, render
+from simulation.report.render import Report, render
 from simulation.schedule import Choice
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}

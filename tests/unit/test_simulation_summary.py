@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 from simulated_rows import a_run, an_experiment, key
 
-from simulation.findings import best_and_worst, findings_of
+from simulation.report.findings import best_and_worst, findings_of
+from simulation.report.summary import Spread, default_baseline, differences, is_running_away, spread_of, summarise
+from simulation.report.tables import mega, points, share, signed_points, spread_text
 from simulation.results import Results
 from simulation.schedule import Choice
-from simulation.summary import Spread, default_baseline, differences, is_running_away, spread_of, summarise
-from simulation.tables import mega, points, share, signed_points, spread_text
 
 
 def summary_of(results: Results, arm: str):

@@ -12,14 +12,14 @@ from html import escape
 from statistics import fmean
 
 from simulation.experiment import ExperimentConfig
-from simulation.figures import draw_all
-from simulation.findings import best_and_worst, findings_of
-from simulation.page import STYLE
-from simulation.plotting import inline_svg
+from simulation.report.figures import draw_all
+from simulation.report.findings import best_and_worst, findings_of
+from simulation.report.page import STYLE
+from simulation.report.plotting import inline_svg
+from simulation.report.summary import ArmSummary, Spread, default_baseline, differences, summarise
+from simulation.report.tables import decimals, mega, points, share, signed_points, spread_text
 from simulation.results import Results
 from simulation.schedule import BEST, SAME, TUNING, Choice
-from simulation.summary import ArmSummary, Spread, default_baseline, differences, summarise
-from simulation.tables import decimals, mega, points, share, signed_points, spread_text
 
 _STAGE_TITLES = {
     SAME: "Everybody at the experiment's own learning rate",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from simulation.summary import Spread
+from simulation.report.summary import Spread
 
 _MEGA = 1e6
 

@@ -11,10 +11,19 @@ from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
-from simulation.plotting import INK, Picture, Style, label_ends, new_figure, plain_numbers, styles_for, whole_rounds
+from simulation.report.plotting import (
+    INK,
+    Picture,
+    Style,
+    label_ends,
+    new_figure,
+    plain_numbers,
+    styles_for,
+    whole_rounds,
+)
+from simulation.report.summary import energy_above
 from simulation.results import PartitionRow, Results, RoundRow, RunKey, RunRow
 from simulation.schedule import FINISHED
-from simulation.summary import energy_above
 
 _WIDE, _HIGH = 7.6, 3.7
 _PANELS_IN_A_ROW = 3

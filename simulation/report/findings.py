@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from simulation.report.summary import ArmSummary, Difference, differences
 from simulation.schedule import SAME, Choice
-from simulation.summary import ArmSummary, Difference, differences
 
 OURS = "raflora"
 SAME_BYTES = 1.05  # a download up to so many times another's is called as large

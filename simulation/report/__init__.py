@@ -1,0 +1,1 @@
+"""What tidy rows say: summaries, findings, figures, and one self-contained page."""
