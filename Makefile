@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench picture science rank-collapse proto docs compose-test clean
+.PHONY: help setup check test demo bench picture rank-collapse theorem proto docs compose-test clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) --upgrade pip
 	@$(PIP_INSTALL) torch
-	@$(PIP_INSTALL) --editable '.[demo]' --group dev
+	@$(PIP_INSTALL) --editable '.[science]' --group dev
 	@touch $@
 
 check: setup  ## formatting, lint, types, generated code, import table, docs
@@ -47,11 +47,11 @@ bench: setup  ## our aggregation against the dense formulation, about a minute
 picture: setup  ## draw the README's picture anew from the last demo's results
 	$(BIN)/python -m benchmarks.collapse_picture runs/demo/results.json docs/images/energy.png
 
-science: setup  ## install what the experiments need beside: MiniLM and plots
-	@$(PIP_INSTALL) --editable '.[science]'
-
-rank-collapse: science  ## BANKING77 with 40 clients, about five minutes: make rank-collapse RAFLORA_DATA=/folder/with/banking77
+rank-collapse: setup  ## BANKING77 with 40 clients, about five minutes: make rank-collapse RAFLORA_DATA=/folder/with/banking77
 	$(BIN)/raflora compare rank-collapse $(if $(RAFLORA_DATA),--data $(RAFLORA_DATA))
+
+theorem: setup  ## theorem 4.4 of the paper, measured, about two minutes
+	$(BIN)/python -m benchmarks.theorem --figure docs/images/theorem.png
 
 proto: setup  ## generate the protobuf code anew after a change of a .proto file
 	$(BIN)/python proto/generate.py
