@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import floor, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,6 +145,12 @@ def slice_adapter(adapter: Adapter, rank: int, *, scaling: float) -> Adapter:
     divisor = np.float32(scaling)
     modules = {n: Factors(f.lora_A[:rank], f.lora_B[:, :rank] / divisor) for n, f in adapter.modules.items()}
     return Adapter(modules, adapter.tensors)
+
+
+def shrunk_rank(rank: int, share: float) -> int:
+    """The largest rank that is no more than this share of `rank`; may be 0."""
+    # 0.7 * 90 is 62.99999999999999 in binary, and means 63.
+    return floor(round(share * rank, 9))
 
 
 def effective(adapter: Adapter, *, scaling: float) -> Adapter:

@@ -133,7 +133,14 @@ def check_file(path: Path, layout: Layout, whose: str) -> None:
     """
     with path.open("rb") as file:
         check_header(file.read(_start_bytes(layout)), path.stat().st_size, layout, whose)
-    content = _mapped(path)
+    check_numbers(_mapped(path), layout, whose)
+
+
+def check_numbers(content: bytes | memoryview, layout: Layout, whose: str) -> None:
+    """The second half of check_file, for bytes whose header is known to be this layout's.
+
+    Raises NotFinite, and OutOfBounds for a number beyond MAX_MAGNITUDE.
+    """
     for name in layout.shapes:
         raw = _raw(content, layout, name)
         _check_values(raw, name, whose)
@@ -202,7 +209,7 @@ def _array(content: memoryview, layout: Layout, name: str, whose: str) -> Array:
     return raw.astype(np.float32).reshape(layout.shapes[name])
 
 
-def _raw(content: memoryview, layout: Layout, name: str) -> np.ndarray[Any, np.dtype[Any]]:
+def _raw(content: bytes | memoryview, layout: Layout, name: str) -> np.ndarray[Any, np.dtype[Any]]:
     count = math.prod(layout.shapes[name])
     return np.frombuffer(content, dtype=_NUMPY[layout.dtype], count=count, offset=layout.offsets[name])
 

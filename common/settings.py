@@ -58,6 +58,13 @@ def load_settings(
         raise ConfigError(_explain(error, str(path) if path else "settings", sources, model)) from None
 
 
+def environment_keys(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The keys that the environment overrides, as --set names them: "rounds.quorum"."""
+    environment = os.environ if environ is None else environ
+    names = sorted(name for name in environment if name.startswith(ENVIRONMENT_PREFIX))
+    return tuple(name.removeprefix(ENVIRONMENT_PREFIX).lower().replace(_SEPARATOR, ".") for name in names)
+
+
 def coordinator_address(environ: Mapping[str, str] | None = None) -> str:
     """Where an observer looks for the coordinator when the command line does not say."""
     environment = os.environ if environ is None else environ

@@ -46,6 +46,11 @@ def change_bytes(changes: Mapping[str, Factors]) -> int:
     return sum(len(encode(Adapter({name: factors}, {}))) for name, factors in changes.items())
 
 
+def weight_bytes(base: BaseChange) -> int:
+    """What a client downloads that takes the changed weights whole: in float32."""
+    return sum(4 * change.size for change in base.values())
+
+
 def report_on_model(
     base: BaseChange, adapter: Adapter, updates: Sequence[EffectiveUpdate], levels: Sequence[int]
 ) -> RoundReport:

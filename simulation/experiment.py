@@ -15,6 +15,7 @@ from common.errors import ConfigError
 from common.settings import Section
 from coordinator.config import MethodConfig, Rank, TrainingConfig
 
+ARM_SECTIONS = ("model", "data", "clients", "rounds", "training")  # whose settings an arm may change
 Decay = Literal["linear", "cosine", "constant"]
 
 
@@ -50,7 +51,7 @@ class DataSection(Section):
     train: str
     """A jsonl, csv or parquet file, a hub data set, or "digits"."""
     test: str
-    """Looked at once, after everything has been chosen."""
+    """What accuracies are measured on. Never chooses anything: rates are chosen on the validation parts."""
     text_column: str = "text"
     """Of text tasks."""
     image_column: str = "image"
@@ -136,7 +137,7 @@ class Arm(MethodConfig):
     rank: int = Field(default=0, ge=0)
     """Set: all clients have this rank (a reference)."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the experiment that are others for this arm: "clients.alpha" = 0.1."""
+    """Settings of model, data, clients, rounds or training that are others for this arm: "clients.alpha" = 0.1."""
 
 
 class TuningSection(Section):
@@ -181,6 +182,12 @@ class ExperimentConfig(Section):
     def for_arm(self, arm: Arm) -> "ExperimentConfig":
         """The experiment as this arm sees it. Raises ConfigError for settings that it cannot have."""
         changes = dict(arm.set)
+        for key in changes:
+            if key.split(".")[0] not in ARM_SECTIONS or "." not in key:
+                raise ConfigError(
+                    f"arm {arm.name!r}: {key}: an arm may set what is in {', '.join(ARM_SECTIONS)}, "
+                    'such as "clients.alpha"; the rest is the same for all arms'
+                )
         if arm.rank:
             changes |= {"clients.ranks": (arm.rank,), "clients.rank_weights": ()}
         return self._with(changes, f"arm {arm.name!r}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from common.adapter import Adapter, Factors, effective, initial_adapter, slice_adapter
-from common.codec import MAX_MAGNITUDE, decode, digest_of, encode
+from common.codec import check_numbers, decode, digest_of, encode
 from common.errors import NotFinite, OutOfBounds, RafloraError
 from coordinator.aggregation.methods.hetlora import pruned_rank
 from coordinator.aggregation.round import EffectiveUpdate, aggregate_adapters
@@ -40,11 +40,13 @@ from coordinator.federation.step import Aggregate, pending, step
 from coordinator.manifest import Manifest
 from simulation.base_change import accumulated, base_content, change_bytes, report_on_model
 from simulation.local_work import BaseChange, LocalTask, LocalWork, Trained, WorkDiverged
-from simulation.partition import seeded_generator
 from simulation.population import SimulatedClient
-from simulation.traffic import traffic_bytes
+from simulation.seeds import seeded_generator
+from simulation.traffic import BaseDownloads, traffic_bytes
 
 MAX_WAITS = 3  # looks at one attempt: a deadline, its extension, the end; more would be a loop of ours
+MAX_REASON_CHARS = 500  # of a failure, in the journal
+DIVERGENCES = (WorkDiverged, NotFinite, OutOfBounds)  # training has driven numbers out of all bounds
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Standing:
     now: float  # federation seconds
     adapter: Adapter  # the global one, effective
     base: BaseChange = field(default_factory=dict)  # accumulated over all rounds; empty for most methods
-    newest_change_bytes: int = 0  # what an invited client must fetch beside its slice
+    downloads: BaseDownloads = field(default_factory=BaseDownloads)  # of what changed in the base
 
     @property
     def is_over(self) -> bool:
@@ -91,10 +93,26 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """A global adapter as a client of one rank reads it from the file that a coordinator hands out."""
+
+    adapter: Adapter
+    digest: str  # of the file
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What was measured of a candidate, as plain JSON: it goes into the round's record."""
+
+    accuracy: tuple[Mapping[str, Any], ...] = ()  # one an evaluation that came to finite numbers
+    diverged_ranks: tuple[int, ...] = ()  # at which an evaluation did not
+
+
+@dataclass(frozen=True)
 class Watching:
     """Who looks on: neither changes what is published."""
 
-    measure: Callable[[Candidate], list[dict[str, Any]]] = lambda _: []  # goes into the round's record
+    measure: Callable[[Candidate], Evaluations] = lambda _: Evaluations()
     trained: Callable[[OpenRound, int], None] = lambda *_: None  # the round, and how many of it are done
 
 
@@ -102,25 +120,37 @@ def found(setup: Setup) -> Advance:
     """Founds the federation and lets everybody join before the first round opens."""
     manifest = setup.manifest
     adapter = initial_adapter(manifest.spec, manifest.adapter.global_rank, manifest.rounds.seed)
-    drive = _Drive(setup, Standing(State(), 0.0, adapter))
-    drive.ask(Found(manifest.rules, digest_of(manifest.content), digest_of(encode(adapter))))
-    drive.ask(Pause())  # or the first round would invite those who joined first
+    stretch = _Stretch(setup, Standing(State(), 0.0, adapter))
+    stretch.ask(Found(manifest.rules, digest_of(manifest.content), digest_of(encode(adapter))))
+    stretch.ask(Pause())  # or the first round would invite those who joined first
     for client in setup.population:
         profile = Profile(max_rank=client.rank, num_examples=client.num_examples)
-        drive.ask(Join(client.client_id, client.client_id, profile))
-    drive.ask(Resume())
-    return drive.advance()
+        stretch.ask(Join(client.client_id, client.client_id, profile))
+    stretch.ask(Resume())
+    return stretch.advance()
 
 
 def publish_next(setup: Setup, standing: Standing, watching: Watching = Watching()) -> Advance:
     """Goes on until one more round is published, or the federation pauses itself because it cannot."""
-    drive = _Drive(setup, standing)
-    while not drive.standing.is_over and drive.standing.state.round == standing.state.round:
-        drive.attempt(watching)
-    return drive.advance()
+    stretch = _Stretch(setup, standing)
+    while not stretch.standing.is_over and stretch.standing.state.round == standing.state.round:
+        stretch.attempt(watching)
+    return stretch.advance()
 
 
-class _Drive:
+def slice_of(manifest: Manifest, adapter: Adapter, rank: int) -> Slice:
+    """The slice of an effective global adapter. Raises NotFinite if the wire's dtype cannot hold it."""
+    cut = slice_adapter(adapter, rank, scaling=manifest.scaling(rank))
+    content = encode(cut, manifest.adapter.wire_dtype)
+    return Slice(decode(content, manifest.layout(rank), f"the slice of rank {rank}"), digest_of(content))
+
+
+def has_diverged(reason: str) -> bool:
+    """Whether the reason for which a round was given up names numbers out of bounds, not only absent clients."""
+    return any(f"{kind.reason}: " in reason for kind in DIVERGENCES)
+
+
+class _Stretch:
     """One stretch of a federation's way: asks, and keeps what came of it."""
 
     def __init__(self, setup: Setup, standing: Standing) -> None:
@@ -137,8 +167,12 @@ class _Drive:
     def ask(self, request: Request) -> Outcome:
         """One step. Raises the typed error of a refused request."""
         now = self.standing.now
-        transition = step(self.standing.state, request, now)
-        self.standing = replace(self.standing, state=transition.state)
+        before = self.standing
+        transition = step(before.state, request, now)
+        downloads = before.downloads
+        for event in transition.events:
+            downloads = downloads.after(event, before.state.round)
+        self.standing = replace(before, state=transition.state, downloads=downloads)
         self._events += [(now, event) for event in transition.events]
         return transition.outcome
 
@@ -157,7 +191,7 @@ class _Drive:
         """The round's updates by client, and the ranks that clients have pruned themselves to."""
         setup, standing = self._setup, self.standing
         clients = {client.client_id: client for client in setup.population}
-        slices: dict[int, tuple[Adapter, str]] = {}
+        slices: dict[int, Slice] = {}
         updates: dict[str, EffectiveUpdate] = {}
         shrunk: dict[str, int] = {}
         setup.work.put_base(standing.base)
@@ -170,21 +204,21 @@ class _Drive:
             if _drops_out(setup, opened, assignment.client_id):
                 continue
             if assignment.rank not in slices:
-                slices[assignment.rank] = self._slice(assignment.rank)
-            handed_out, digest = slices[assignment.rank]
-            token = self._claim(opened, assignment, digest)
+                slices[assignment.rank] = slice_of(setup.manifest, standing.adapter, assignment.rank)
+            handed_out = slices[assignment.rank]
+            token = self._claim(opened, assignment, handed_out.digest)
             task = LocalTask(
                 client=clients[assignment.client_id],
-                adapter=handed_out,
+                adapter=handed_out.adapter,
                 scaling=setup.manifest.scaling(assignment.rank),
                 plan=setup.manifest.plan(opened.number, assignment.client_id),
                 method=setup.manifest.aggregation.options,
             )
             try:
                 update, rank = self._work_on(task)
-                updates[assignment.client_id] = self._submit(opened, task, update, (token, digest))
-            except (WorkDiverged, NotFinite, OutOfBounds) as error:
-                self.ask(Fail(assignment.client_id, token, f"{error.reason}: {error}"[:500]))
+                updates[assignment.client_id] = self._submit(opened, task, update, (token, handed_out.digest))
+            except DIVERGENCES as error:
+                self.ask(Fail(assignment.client_id, token, _told(error)))
                 continue
             self._upload_bytes += traffic_bytes(setup.manifest, rank)
             if rank < assignment.rank:
@@ -192,17 +226,11 @@ class _Drive:
         watching.trained(opened, len(opened.assignments))
         return updates, shrunk
 
-    def _slice(self, rank: int) -> tuple[Adapter, str]:
-        """What a client of this rank reads from its slice's file, and the file's digest."""
-        manifest = self._setup.manifest
-        cut = slice_adapter(self.standing.adapter, rank, scaling=manifest.scaling(rank))
-        content = encode(cut, manifest.adapter.wire_dtype)
-        return decode(content, manifest.layout(rank), "slice"), digest_of(content)
-
     def _claim(self, opened: OpenRound, assignment: Assignment, digest: str) -> int:
-        self.ask(Claim(assignment.client_id, opened.kind, opened.number, opened.attempt, digest))
+        client_id = assignment.client_id
         self._download_bytes += traffic_bytes(self._setup.manifest, assignment.rank)
-        self._download_bytes += self.standing.newest_change_bytes
+        self._download_bytes += self.standing.downloads.missed_bytes(client_id, self.standing.base)
+        self.ask(Claim(client_id, opened.kind, opened.number, opened.attempt, digest))
         return self.standing.state.last_lease_token
 
     def _work_on(self, task: LocalTask) -> tuple[Trained, int]:
@@ -215,9 +243,10 @@ class _Drive:
 
     def _submit(self, opened: OpenRound, task: LocalTask, trained: Trained, lease: tuple[int, str]) -> EffectiveUpdate:
         manifest, (token, slice_digest) = self._setup.manifest, lease
+        layout, client_id = manifest.layout(trained.adapter.rank), task.client.client_id
         content = encode(trained.adapter, manifest.adapter.wire_dtype)
-        received = decode(content, manifest.layout(trained.adapter.rank), task.client.client_id)
-        _check_magnitude(received)
+        check_numbers(content, layout, client_id)
+        received = decode(content, layout, client_id)
         update = Update(
             digest=digest_of(content),
             size_bytes=len(content),
@@ -225,7 +254,6 @@ class _Drive:
             metrics={**trained.metrics, "train_loss": trained.train_loss},
             training_seconds=trained.seconds,
         )
-        client_id = task.client.client_id
         self.ask(SubmitUpdate(client_id, token, opened.number, opened.attempt, slice_digest, update))
         return EffectiveUpdate(client_id, effective(received, scaling=task.scaling), task.client.num_examples)
 
@@ -264,20 +292,19 @@ class _Drive:
             base = accumulated(self.standing.base, merged.base_changes)
             report = report_on_model(base, merged.adapter, inputs, state.rank_levels) if base else merged.report
         except (RafloraError, np.linalg.LinAlgError) as error:
-            self.ask(AbortRound(command.number, f"the aggregation failed: {error}"))
+            self.ask(AbortRound(command.number, f"the aggregation failed: {_told(error)}"))
             return
         seconds = time.perf_counter() - started
-        accuracy = watching.measure(Candidate(command.number, merged.adapter, base))
-        change = change_bytes(merged.base_changes)
+        evaluations = watching.measure(Candidate(command.number, merged.adapter, base))
         record = {
             "report": report.to_json(),
             "aggregation_seconds": seconds,
-            "simulation": asdict(self._measured(change, base)),
-            "accuracy": accuracy,
+            "simulation": asdict(self._measured(change_bytes(merged.base_changes), base)),
+            **asdict(evaluations),
         }
         for client_id, rank in sorted(shrunk.items()):
             self.ask(SetRank(client_id, rank))
-        self.standing = replace(self.standing, adapter=merged.adapter, base=base, newest_change_bytes=change)
+        self.standing = replace(self.standing, adapter=merged.adapter, base=base)
         self.ask(Publish(command.number, command.attempt, digest, json.dumps(record)))
 
     def _measured(self, newest_change_bytes: int, base: BaseChange) -> "Measured":
@@ -319,12 +346,7 @@ def _cut(adapter: Adapter, rank: int) -> Adapter:
     return Adapter({name: cut(factors) for name, factors in adapter.modules.items()}, adapter.tensors)
 
 
-def _check_magnitude(adapter: Adapter) -> None:
-    """What the intake of a coordinator would refuse. Raises OutOfBounds."""
-    arrays = dict(adapter.tensors)
-    for name, factors in adapter.modules.items():
-        arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"] = factors.lora_A, factors.lora_B
-    for name, array in arrays.items():
-        largest = float(np.abs(array).max(initial=0.0))
-        if largest > MAX_MAGNITUDE:
-            raise OutOfBounds(f"{name} holds {largest:g}; at most {MAX_MAGNITUDE:g} is accepted")
+def _told(error: Exception) -> str:
+    """As `has_diverged` reads it."""
+    reason = error.reason if isinstance(error, RafloraError) else type(error).__name__
+    return f"{reason}: {error}"[:MAX_REASON_CHARS]

@@ -1,13 +1,12 @@
 """Unequal data: which examples each client holds. Pure and seeded: the same arguments give the same parts."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import InvalidRequest
+from simulation.seeds import seeded_generator
 
 Indices = NDArray[np.int64]
 
@@ -26,6 +25,7 @@ def dirichlet_partition(
         raise InvalidRequest(
             f"partition: {kinds.size} examples, {num_clients} clients with at least {at_least} each, alpha {alpha}"
         )
+    # The seed itself, not a stream of it: published divisions of the demo's digits were drawn so.
     generator = np.random.Generator(np.random.PCG64(seed))
     parts: list[list[int]] = [[] for _ in range(num_clients)]
     for kind in np.unique(kinds):
@@ -112,12 +112,6 @@ def skewed_sample(labels: Sequence[int], name: str, *, count: int, alpha: float,
     weights = (mixture + 1e-6)[positions] / np.bincount(positions)[positions]
     chosen = generator.choice(kinds.size, size=min(count, kinds.size), replace=False, p=weights / weights.sum())
     return np.sort(chosen.astype(np.int64))
-
-
-def seeded_generator(name: str, seed: int) -> Any:
-    """A named stream of random numbers: what one stream draws never changes another."""
-    stream = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(stream[:16], "big")))
 
 
 def _shared_out(members: Mapping[str, Indices], num_clients: int) -> dict[str, int]:

@@ -6,7 +6,7 @@ from coordinator.config import BaseModelConfig
 from simulation.local_work import LocalWork
 from simulation.prepare import Prepared
 from simulation.results import RunRow
-from simulation.run import Ground, OnProgress, play_on
+from simulation.run import Material, OnProgress, play_on
 from simulation.schedule import RunPlan
 from simulation.torch_work import load_work
 
@@ -23,20 +23,21 @@ def play(
     `work` is a model that an earlier run of the same `prepared` has loaded (`load_work`), to be used again. Raises
     what `play_on` raises, and ModelError.
     """
-    return play_on(run, ground_of(run, prepared, work), folder, on_progress)
+    return play_on(run, material_from(run, prepared, work), folder, on_progress)
 
 
-def ground_of(run: RunPlan, prepared: Prepared, work: LocalWork | None = None) -> Ground:
-    """What all runs on this data and model stand on."""
+def material_from(run: RunPlan, prepared: Prepared, work: LocalWork | None = None) -> Material:
+    """What all runs on this data and model are made of."""
     # The manifest's task is one of those that a coordinator knows, and these are they.
     model = BaseModelConfig.model_validate(
         {"base_model": run.experiment.model.path, "task": prepared.task, "labels": prepared.labels}
     )
-    return Ground(
+    return Material(
         model=model,
         target_modules=prepared.target_modules,
         modules_to_save=prepared.modules_to_save,
         train_labels=prepared.train_labels.tolist(),
         train_groups=prepared.train_groups,
+        contents=prepared.contents,
         work=lambda rank: load_work(prepared, lora_rank=rank) if work is None else work,
     )

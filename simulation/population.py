@@ -17,9 +17,9 @@ from simulation.partition import (
     dirichlet_partition,
     iid_partition,
     natural_partition,
-    seeded_generator,
     shard_partition,
 )
+from simulation.seeds import seeded_generator
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,9 @@ Examples go through the same preparation as a worker's own data; with a class-na
 encoder has run over every text before. Nothing here trains, divides data or draws anything.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, overload
@@ -17,13 +18,14 @@ from transformers import AutoConfig
 
 from common.errors import ConfigError
 from simulation import digits
+from simulation.contents import CONTENTS_FILE, Contents, claim_contents, digest_of_examples
 from simulation.encoder import MINILM, Features, Told, features_of, load_encoder, minilm_folder, write_base
 from simulation.experiment import DataSection, ExperimentConfig, ModelSection
 from simulation.text_data import DIGITS, Corpus, DataPlace, read_test, read_train
 from worker.config import DataConfig, ModelConfig
 from worker.data import Example
 from worker.features import PROJECTION, collate_features
-from worker.model import AdaptedModel, device_of, resolve_folder
+from worker.model import AdaptedModel, device_of, digest_of_weights, resolve_folder
 from worker.tasks import Collator, FeatureClassification, ModelError, task_named
 from worker.trainer_protocol import ModelOrder
 
@@ -60,7 +62,7 @@ class Files:
 
     experiment_folder: Path  # that of the experiment's own file
     cache_dir: Path  # of features; experiments may share it
-    base_folder: Path  # of the base model that a class-name head makes
+    base_folder: Path  # of the base model that a class-name head makes, and of the digests of what was read
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Prepared:
     train_groups: tuple[str, ...] | None
     test_examples: Sequence[Example]
     test_labels: NDArray[np.int64]
+    contents: Contents
     collator_for: Callable[[AdaptedModel], Collator]  # of the model that `load_model` made of config and order
 
     def order(self, *, lora_rank: int, seed: int) -> ModelOrder:
@@ -95,7 +98,7 @@ def prepare(experiment: ExperimentConfig, files: Files, progress: Told) -> Prepa
     """Reads and prepares all examples; with a class-name head also writes the base model.
 
     `progress` is told of texts that are encoded, which happens once: the cache keeps what was computed.
-    Raises ConfigError, ModelError or DataError.
+    Raises ConfigError, also if earlier results here are of other data or another base model; ModelError or DataError.
     """
     _check(experiment)
     place = DataPlace(experiment.data, files.experiment_folder)
@@ -104,7 +107,7 @@ def prepare(experiment: ExperimentConfig, files: Files, progress: Told) -> Prepa
     source = _source(experiment.model, files.experiment_folder)
     if experiment.model.class_name_head:
         return _with_class_name_head(experiment, source, corpora, files, progress)
-    return _plain(experiment, source, corpora)
+    return _plain(experiment, source, corpora, files)
 
 
 def _check(experiment: ExperimentConfig) -> None:
@@ -136,9 +139,12 @@ def _with_class_name_head(
     experiment: ExperimentConfig, source: ModelConfig, corpora: tuple[Corpus, Corpus], files: Files, progress: Told
 ) -> Prepared:
     train, test = corpora
-    trained_layers = experiment.model.trained_layers
+    trained_layers, folder = experiment.model.trained_layers, resolve_folder(source)
+    # The texts, not what is made of them: that may be gigabytes, and follows from the texts and the encoder.
+    train_texts, test_texts = (_labelled_texts(corpus, experiment.data.text_column) for corpus in corpora)
+    contents = _claimed(files, train, (train_texts, test_texts), folder)
     encoder = load_encoder(
-        resolve_folder(source),
+        folder,
         trained_layers=trained_layers,
         max_length=experiment.data.max_length,
         device=device_of(source),
@@ -161,11 +167,12 @@ def _with_class_name_head(
         train_groups=train.groups,
         test_examples=examples(test, len(train)),
         test_labels=test.labels,
+        contents=contents,
         collator_for=lambda _: collate_features,
     )
 
 
-def _plain(experiment: ExperimentConfig, source: ModelConfig, corpora: tuple[Corpus, Corpus]) -> Prepared:
+def _plain(experiment: ExperimentConfig, source: ModelConfig, corpora: tuple[Corpus, Corpus], files: Files) -> Prepared:
     """A whole model of transformers: what a worker with these rows would have."""
     train, test = corpora
     task = task_named(experiment.model.task)
@@ -174,19 +181,40 @@ def _plain(experiment: ExperimentConfig, source: ModelConfig, corpora: tuple[Cor
     # Only its configuration is asked when rows are prepared; the model itself is loaded by who trains it.
     shape = SimpleNamespace(config=_model_shape(folder))
     preparation = task.prepare(folder, shape, train.class_names, config)
+    train_examples, test_examples = ([preparation.example(row) for row in corpus.rows] for corpus in corpora)
     return Prepared(
         model_config=source,
         task=task.name,
         labels=train.class_names,
         target_modules=experiment.model.target_modules,
         modules_to_save=experiment.model.modules_to_save,
-        train_examples=[preparation.example(row) for row in train.rows],
+        train_examples=train_examples,
         train_labels=train.labels,
         train_groups=train.groups,
-        test_examples=[preparation.example(row) for row in test.rows],
+        test_examples=test_examples,
         test_labels=test.labels,
+        contents=_claimed(files, train, (train_examples, test_examples), folder),
         collator_for=lambda model: task.prepare(model.folder, model.base, model.labels, config).collator,
     )
+
+
+def _labelled_texts(corpus: Corpus, column: str) -> list[Mapping[str, Any]]:
+    pairs = zip(corpus.texts(column), corpus.labels.tolist(), strict=True)
+    return [{"text": text, "label": label} for text, label in pairs]
+
+
+def _claimed(
+    files: Files, train: Corpus, examples: tuple[Iterable[Mapping[str, Any]], Iterable[Mapping[str, Any]]], model: Path
+) -> Contents:
+    """The contents, held against those of earlier runs in this results folder."""
+    about: Mapping[str, Any] = {"classes": list(train.class_names), "groups": list(train.groups or ())}
+    contents = Contents(
+        train_examples=digest_of_examples(chain([about], examples[0])),
+        test_examples=digest_of_examples(examples[1]),
+        base_model=digest_of_weights(model),
+    )
+    claim_contents(files.base_folder / CONTENTS_FILE, contents)
+    return contents
 
 
 def _data_config(data: DataSection) -> DataConfig:

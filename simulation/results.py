@@ -4,12 +4,14 @@ Every row begins with the run it belongs to. Nothing here trains or draws.
 """
 
 import csv
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from common.errors import ConfigError
+from common.transfer import write_durably
 
 
 @dataclass(frozen=True, order=True)
@@ -29,7 +31,7 @@ class RunRow:
 
     key: RunKey
     method: str
-    status: str  # "finished"; "diverged: ..." and the reason if no further round could be published
+    status: str  # "finished"; "diverged: ..." if numbers were finite no more; "stopped: ..." if too few answered
     rounds: int  # published
     smallest_rank: int
     global_rank: int
@@ -152,15 +154,13 @@ def values_of(row: Row) -> tuple[str | int | float, ...]:
 
 
 def write_rows(path: Path, kind: type[AnyRow], rows: Iterable[AnyRow]) -> None:
-    """Writes a CSV file, whole or not at all; what read_rows returns is equal, to the last bit of every float."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    with unfinished.open("w", encoding="utf-8", newline="") as file:
-        # Strings are quoted whatever they hold, so that a reason with a line break in it stays one field.
-        writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-        writer.writerow(header_of(kind))
-        writer.writerows(values_of(row) for row in rows)
-    unfinished.replace(path)
+    """Writes a CSV file durably; what read_rows returns is equal, to the last bit of every float."""
+    text = io.StringIO(newline="")
+    # Strings are quoted whatever they hold, so that a reason with a line break in it stays one field.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(header_of(kind))
+    writer.writerows(values_of(row) for row in rows)
+    write_durably(path, text.getvalue().encode())
 
 
 def read_rows(path: Path, kind: type[AnyRow]) -> tuple[AnyRow, ...]:

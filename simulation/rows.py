@@ -8,11 +8,12 @@ from coordinator.aggregation.forecast import forecast_collapse
 from coordinator.aggregation.report import RoundReport
 from coordinator.federation.state import Phase, RoundRecord, State
 from coordinator.manifest import Manifest
+from simulation.federation import has_diverged
 from simulation.population import SimulatedClient
 from simulation.results import AccuracyRow, PartitionRow, Results, RoundRow, RunKey, RunRow
 from simulation.schedule import FINISHED, RunPlan
 
-DIVERGED = "diverged"
+DIVERGED, STOPPED = "diverged", "stopped"
 
 
 def results_of(run: RunPlan, manifest: Manifest, population: Sequence[SimulatedClient], state: State) -> Results:
@@ -34,11 +35,10 @@ def results_of(run: RunPlan, manifest: Manifest, population: Sequence[SimulatedC
 def _run_row(run: RunPlan, manifest: Manifest, population: Sequence[SimulatedClient], state: State) -> RunRow:
     bodies = [json.loads(record.report_json) for record in state.history]
     census = [(client.rank, client.num_examples) for client in population]
-    is_finished = state.phase is Phase.FINISHED
     return RunRow(
         key=run.key,
         method=run.arm.method,
-        status=FINISHED if is_finished else f"{DIVERGED}: {state.pause_reason}",
+        status=_status(state, bodies),
         rounds=state.round,
         smallest_rank=min(client.rank for client in population),
         global_rank=manifest.adapter.global_rank,
@@ -48,6 +48,16 @@ def _run_row(run: RunPlan, manifest: Manifest, population: Sequence[SimulatedCli
         initial_energy_ratio=_initial_energy_ratio([RoundReport.from_json(body["report"]) for body in bodies]),
         seconds=sum(body["simulation"]["seconds"] for body in bodies),
     )
+
+
+def _status(state: State, bodies: Sequence[dict[str, Any]]) -> str:
+    """How a run ended. Numbers that are not finite any more are told from clients that did not answer."""
+    if state.phase is not Phase.FINISHED:
+        return f"{DIVERGED if has_diverged(state.pause_reason) else STOPPED}: {state.pause_reason}"
+    if ranks := bodies[-1]["diverged_ranks"]:
+        at = ", ".join(str(rank) for rank in ranks)
+        return f"{DIVERGED}: the evaluation after round {state.round} is not finite at rank {at}"
+    return FINISHED
 
 
 def _initial_energy_ratio(reports: Sequence[RoundReport]) -> float:

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from common.adapter import slice_adapter
-from common.codec import decode, encode
 from common.errors import ConfigError, NotFinite, WrongRank
 from coordinator.aggregation.methods import make_method
 from coordinator.config import (
@@ -27,7 +25,18 @@ from coordinator.config import (
 )
 from coordinator.federation.state import OpenRound
 from coordinator.manifest import Manifest
-from simulation.federation import Advance, Candidate, Setup, Standing, Watching, found, publish_next
+from simulation.contents import Contents
+from simulation.federation import (
+    Advance,
+    Candidate,
+    Evaluations,
+    Setup,
+    Standing,
+    Watching,
+    found,
+    publish_next,
+    slice_of,
+)
 from simulation.local_work import EvaluationSet, LocalWork, WorkDiverged
 from simulation.population import SimulatedClient, make_population
 from simulation.results import RunRow
@@ -35,18 +44,19 @@ from simulation.rows import results_of
 from simulation.run_store import RunStore, finished_results
 from simulation.schedule import TUNING, RunPlan
 
-SETTINGS_FORMAT = 1
+SETTINGS_FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What a run stands on: it depends neither on a seed nor on a method."""
+class Material:
+    """What runs are made of: it depends neither on a seed nor on a method."""
 
     model: BaseModelConfig
     target_modules: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     train_labels: Sequence[int]
     train_groups: Sequence[str] | None
+    contents: Contents
     work: Callable[[int], LocalWork]  # loads the base model, for ranks up to this one
 
 
@@ -58,48 +68,48 @@ class Progress:
     num_rounds: int
     clients_done: int  # of the open round
     clients: int
-    accuracy: float  # of the last evaluation at the global rank; nan before the first
+    accuracy: float  # of the last evaluation at the global rank; nan before the first, and if it diverged
 
 
 OnProgress = Callable[[Progress], None]
 
 
-def play_on(run: RunPlan, ground: Ground, folder: Path, on_progress: OnProgress = lambda _: None) -> RunRow:
+def play_on(run: RunPlan, material: Material, folder: Path, on_progress: OnProgress = lambda _: None) -> RunRow:
     """Plays a run to its end, from where its folder says that it stands; a finished one is only read.
 
-    Raises ConfigError if the folder is of a run with other settings, InvalidRequest if the data cannot be divided as
-    the experiment says, CorruptStore for a damaged folder.
+    Raises ConfigError if the folder is of a run with other settings or data, InvalidRequest if the data cannot be
+    divided as the experiment says, StateInUse if another process plays this run, CorruptStore for a damaged folder.
     """
     _check(run)
     clients, validation = run.experiment.clients, run.experiment.data.validation
     population = make_population(
-        ground.train_labels, ground.train_groups, clients, validation=validation, seed=run.key.seed
+        material.train_labels, material.train_groups, clients, validation=validation, seed=run.key.seed
     )
-    settings = settings_of(run, population)
+    settings = settings_of(run, population, material.contents)
     finished = finished_results(folder, settings)
     if finished is not None:
         return finished.runs[0]
-    config = coordinator_config(run, ground, population)
-    work = ground.work(config.adapter.global_rank)
+    config = coordinator_config(run, material, population)
+    work = material.work(config.adapter.global_rank)
     manifest = Manifest.of(config, work.spec, work.base_model_digest)
     setup = Setup(manifest, population, work, clients.dropout)
-    with RunStore(folder, settings) as store:
-        standing = _played(_Game(run, setup, on_progress), store)
+    with RunStore(folder, manifest.federation, settings) as store:
+        standing = _played(_Onlooker(run, setup, on_progress), store)
         results = results_of(run, setup.manifest, population, standing.state)
         store.finish(results)
     return results.runs[0]
 
 
-def coordinator_config(run: RunPlan, ground: Ground, population: Sequence[SimulatedClient]) -> CoordinatorConfig:
+def coordinator_config(run: RunPlan, material: Material, population: Sequence[SimulatedClient]) -> CoordinatorConfig:
     """The settings with which a coordinator would run this federation. Raises ConfigError."""
     experiment, arm = run.experiment, run.arm
     rounds, per_round = experiment.rounds, experiment.clients.per_round
     return CoordinatorConfig(
         name=experiment.name,
-        model=ground.model,
+        model=material.model,
         adapter=AdapterConfig(
-            target_modules=ground.target_modules,
-            modules_to_save=ground.modules_to_save,
+            target_modules=material.target_modules,
+            modules_to_save=material.modules_to_save,
             global_rank=max(client.rank for client in population),
         ),
         rounds=RoundsConfig(
@@ -119,8 +129,13 @@ def coordinator_config(run: RunPlan, ground: Ground, population: Sequence[Simula
     )
 
 
-def settings_of(run: RunPlan, population: Sequence[SimulatedClient]) -> dict[str, Any]:
-    """Whatever decides what a run computes, as plain JSON; where the data lies and what else is compared does not."""
+def settings_of(
+    run: RunPlan, population: Sequence[SimulatedClient], contents: Contents | None = None
+) -> dict[str, Any]:
+    """Whatever decides what a run computes, as plain JSON; where the data lies and what else is compared does not.
+
+    What stands under "population" is known only to who has read the data.
+    """
     experiment = run.experiment
     divided = hashlib.sha256()
     for client in population:
@@ -135,7 +150,7 @@ def settings_of(run: RunPlan, population: Sequence[SimulatedClient]) -> dict[str
         "clients": experiment.clients.model_dump(mode="json"),
         "rounds": experiment.rounds.model_dump(mode="json"),
         "training": experiment.training.model_dump(mode="json"),
-        "population": divided.hexdigest(),
+        "population": {"division": divided.hexdigest(), **(asdict(contents) if contents else {})},
     }
 
 
@@ -145,17 +160,18 @@ def _check(run: RunPlan) -> None:
         raise ConfigError("tuning is judged on the clients' validation parts: set data.validation above 0")
 
 
-def _played(game: "_Game", store: RunStore) -> Standing:
+def _played(onlooker: "_Onlooker", store: RunStore) -> Standing:
     """The run's last standing; every round is durable before the next one begins."""
-    standing = store.standing(game.setup.manifest)
+    setup = onlooker.setup
+    standing = store.standing(setup.manifest)
     if standing is None:
         try:
-            standing = _committed(store, found(game.setup))
+            standing = _committed(store, found(setup))
         except WrongRank as error:
             raise ConfigError(f"clients.ranks: {error}") from None
     while not standing.is_over:
-        standing = _committed(store, publish_next(game.setup, standing, game.watching))
-        game.published(standing)
+        standing = _committed(store, publish_next(setup, standing, onlooker.watching))
+        onlooker.published(standing)
     return standing
 
 
@@ -164,12 +180,12 @@ def _committed(store: RunStore, advance: Advance) -> Standing:
     return advance.standing
 
 
-class _Game:
-    """What a run looks at while it goes on, and whom it tells."""
+class _Onlooker:
+    """Evaluates what a run is about to publish, and tells how far it is."""
 
     def __init__(self, run: RunPlan, setup: Setup, on_progress: OnProgress) -> None:
         self.setup = setup
-        self.watching = Watching(self._measure, self._trained)
+        self.watching = Watching(self._evaluated, self._trained)
         self._run = run
         self._on_progress = on_progress
         self._accuracy = math.nan
@@ -186,26 +202,26 @@ class _Game:
         num_rounds = self.setup.manifest.rounds.num_rounds
         self._on_progress(Progress(number, num_rounds, done, invited, self._accuracy))
 
-    def _measure(self, candidate: Candidate) -> list[dict[str, Any]]:
-        """The evaluations that are due with this round; one that comes to no finite number is missing."""
+    def _evaluated(self, candidate: Candidate) -> Evaluations:
+        """The evaluations that are due with this round."""
         examples, ranks = self._due(candidate.number)
         if not ranks:
-            return []
+            return Evaluations()
         manifest, work = self.setup.manifest, self.setup.work
         work.put_base(candidate.base)
-        measured = []
+        measured, diverged = {}, []
         for rank in ranks:
-            scaling = manifest.scaling(rank)
             try:
-                content = encode(slice_adapter(candidate.adapter, rank, scaling=scaling), manifest.adapter.wire_dtype)
-                received = decode(content, manifest.layout(rank), "evaluation")
-                evaluated = work.evaluate(received, examples, scaling=scaling)
+                received = slice_of(manifest, candidate.adapter, rank).adapter
+                measured[rank] = work.evaluate(received, examples, scaling=manifest.scaling(rank))
             except (WorkDiverged, NotFinite):
-                continue
-            measured.append({"split": examples.split, "rank": rank, **asdict(evaluated)})
-            if rank == manifest.adapter.global_rank:
-                self._accuracy = evaluated.accuracy
-        return measured
+                diverged.append(rank)
+        at_global_rank = measured.get(manifest.adapter.global_rank)
+        self._accuracy = at_global_rank.accuracy if at_global_rank else math.nan
+        return Evaluations(
+            accuracy=tuple({"split": examples.split, "rank": rank, **asdict(each)} for rank, each in measured.items()),
+            diverged_ranks=tuple(diverged),
+        )
 
     def _due(self, number: int) -> tuple[EvaluationSet, tuple[int, ...]]:
         """What is evaluated after a round, and at which ranks."""

@@ -74,7 +74,7 @@ def read_train(place: DataPlace, clients: ClientsSection, *, offline: bool) -> C
 
 
 def read_test(place: DataPlace, *, offline: bool) -> Corpus:
-    """What is looked at once. Raises ConfigError or DataError."""
+    """What is evaluated on. Raises ConfigError or DataError."""
     rows, names = _rows_and_names(place, place.data.test, "test", offline)
     return _corpus(_part(rows, place.data.max_test), names, place.data.label_column)
 
@@ -138,10 +138,13 @@ def _corpus(rows: tuple[Row, ...], names: tuple[str, ...], label_column: str) ->
 
 
 def _groups(corpus: Corpus, place: DataPlace, clients: ClientsSection) -> tuple[str, ...] | None:
-    """The group of each row, if the clients are divided by groups."""
-    if clients.partition != "natural":
-        return None
+    """The group of each row, if the settings name any: also for an arm that divides its clients otherwise.
+
+    Arms that differ only in how they divide the same data share what is read here.
+    """
     if clients.groups_file is None:
+        if not clients.group_column:
+            return None
         return tuple(str(row[clients.group_column]) for row in corpus.rows)
     group_of = _group_of_label(place.find(clients.groups_file, "clients.groups_file"))
     groupless = sorted({corpus.class_names[label] for label in corpus.labels} - group_of.keys())

@@ -14,17 +14,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.adapter import Adapter, AdapterSpec, Factors, ModuleShape, TensorShape
+from common.adapter import Adapter, AdapterSpec, Factors, ModuleShape, TensorShape, shrunk_rank
 from coordinator.config import BaseModelConfig
+from coordinator.federation.events import Event
+from coordinator.stores.event_codec import event_of
+from coordinator.stores.journal import SqlJournal
+from simulation.contents import Contents
 from simulation.experiment import ExperimentConfig
 from simulation.local_work import BaseChange, Evaluated, EvaluationSet, LocalTask, Trained, WorkDiverged
 from simulation.results import RunKey
-from simulation.run import Ground, Progress, play_on
+from simulation.run import Material, Progress, play_on
 from simulation.schedule import RunPlan
 
 CLASSES, FEATURES = 8, 10
 SPEC = AdapterSpec((ModuleShape("dense", CLASSES, FEATURES),), (TensorShape("bias", (CLASSES,)),))
 DIGEST = "5eed" * 16
+CONTENTS = Contents(train_examples="7ea1" * 16, test_examples="7e57" * 16, base_model=DIGEST)
 
 
 class NumpyWork:
@@ -97,7 +102,7 @@ def as_single(array: NDArray[np.float64]) -> NDArray[np.float32]:
 
 def _prune(task: LocalTask, lora_A: NDArray[np.float64], lora_B: NDArray[np.float64]) -> None:
     """One step down HetLoRA's penalty on the high directions."""
-    kept = int(task.method.prune_share * lora_B.shape[1])
+    kept = shrunk_rank(lora_B.shape[1], task.method.prune_share)
     tail_A, tail_B = float(np.linalg.norm(lora_A[kept:])), float(np.linalg.norm(lora_B[:, kept:]))
     if task.method.prune_penalty > 0.0 and tail_A > 0.0 and tail_B > 0.0:
         step = task.plan.learning_rate * task.method.prune_penalty
@@ -110,9 +115,9 @@ def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(raised / raised.sum(axis=1, keepdims=True))
 
 
-def ground_on(work: NumpyWork, groups: Sequence[str] | None = None) -> Ground:
+def material_on(work: NumpyWork, groups: Sequence[str] | None = None) -> Material:
     model = BaseModelConfig(base_model="points", task="sequence-classification", labels=tuple("abcdefgh"))
-    return Ground(model, ("dense",), (), work.train_labels, groups, lambda _: work)
+    return Material(model, ("dense",), (), work.train_labels, groups, CONTENTS, lambda _: work)
 
 
 def run_plan(
@@ -136,6 +141,15 @@ def run_plan(
     return RunPlan(RunKey(stage, "arm", training.learning_rate, training.decay, seed), experiment.arms[0], experiment)
 
 
+def journal_of(folder: Path) -> list[Event]:
+    """The events of a run that was played in the folder."""
+    journal = SqlJournal(f"sqlite:///{folder / 'journal.sqlite'}")
+    try:
+        return [event_of(entry) for entry in journal.read("points")]
+    finally:
+        journal.close()
+
+
 class Sleeper(NumpyWork):
     """Falls asleep in the middle of a round, so that it can be killed there."""
 
@@ -152,7 +166,7 @@ class Sleeper(NumpyWork):
 
 def main(folder: str, method: str, at_training: str) -> None:
     plan = run_plan(method={"method": method})
-    play_on(plan, ground_on(Sleeper(int(at_training))), Path(folder), told)
+    play_on(plan, material_on(Sleeper(int(at_training))), Path(folder), told)
 
 
 def told(progress: Progress) -> None:

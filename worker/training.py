@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from common.adapter import shrunk_rank
 from common.errors import InvalidRequest, RafloraError
 from worker.data import Example
 from worker.model import AdaptedModel, live_factors
@@ -91,7 +92,7 @@ def train(
             **duration,
         )
         trainer = _trainer(model, arguments, collator, [_Watch(report)], train_dataset=examples)
-        if pruning is not None and math.floor(pruning.share * model.rank) > 0:
+        if pruning is not None and shrunk_rank(model.rank, pruning.share) > 0:
             trainer.extra_loss = lambda: _pruning_loss(model, pruning)
         started = time.monotonic()
         with _lora_A_frozen(model) if plan.freezes_lora_A else nullcontext():
@@ -269,7 +270,7 @@ def _lora_A_frozen(model: AdaptedModel) -> Iterator[None]:
 
 
 def _pruning_loss(model: AdaptedModel, pruning: Pruning) -> torch.Tensor:
-    kept = math.floor(pruning.share * model.rank)
+    kept = shrunk_rank(model.rank, pruning.share)
     tails = [
         torch.linalg.matrix_norm(lora_B[:, kept:]) * torch.linalg.matrix_norm(lora_A[kept:])
         for lora_A, lora_B in live_factors(model)

@@ -3,12 +3,13 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from coordinators import Observer, observing, serving
-from numpy_site import run_plan
+from numpy_site import CONTENTS, run_plan
 from raflora.v1 import admin_pb2, status_pb2
 from tiny_models import SIDES, VIT_ORDER, save_vit, side_images
 
@@ -19,7 +20,7 @@ from coordinator.stores.event_codec import event_of
 from coordinator.stores.journal import SqlJournal
 from simulation.local_work import LocalWork
 from simulation.population import SimulatedClient, make_population
-from simulation.run import Ground, coordinator_config, play_on
+from simulation.run import Material, coordinator_config, play_on
 from simulation.schedule import RunPlan
 from simulation.torch_work import Examples, TorchWork
 from worker.config import CoordinatorAddress, DataConfig, ModelConfig, WorkerConfig
@@ -58,26 +59,28 @@ def plan_of(method: str, per_round: int, num_rounds: int) -> RunPlan:
     )
 
 
-def ground_in(folder: Path) -> Ground:
+def material_in(folder: Path, modules_to_save: tuple[str, ...] = ()) -> Material:
     """The tiny ViT, and pictures whose bright side is to be named."""
+    order = replace(VIT_ORDER, modules_to_save=modules_to_save)
     save_vit(folder)
     rows = side_images(NUM_EXAMPLES)
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in side_images(20, seed=1)))
 
     def load(rank: int) -> TorchWork:
-        model = load_model(ModelConfig(path=str(folder), device="cpu", offline=True), VIT_ORDER)
+        model = load_model(ModelConfig(path=str(folder), device="cpu", offline=True), order)
         config = DataConfig(train=str(folder / "train.jsonl"), test=str(folder / "test.jsonl"))
         preparation = model.task.prepare(model.folder, model.base, model.labels, config)
         data = load_data(config, preparation.example, seed=0, offline=True)
         return TorchWork(model, Examples(data.train, data.test, preparation.collator))
 
-    return Ground(
+    return Material(
         model=BaseModelConfig(base_model="vit", task="image-classification", labels=SIDES),
         target_modules=VIT_ORDER.target_modules,
-        modules_to_save=(),
+        modules_to_save=modules_to_save,
         train_labels=[SIDES.index(str(row["label"])) for row in rows],
         train_groups=None,
+        contents=CONTENTS,
         work=load,
     )
 
@@ -142,18 +145,21 @@ def told_by(journal_file: Path) -> tuple[str, list[tuple[str, ...]], list[str]]:
     return manifest, cohorts, [event.adapter_digest for event in events if isinstance(event, AdapterPublished)]
 
 
-@pytest.mark.parametrize(("method", "per_round", "num_rounds"), [("raflora", 2, 3), ("fedit", 3, 2)])
+@pytest.mark.parametrize(
+    ("method", "per_round", "num_rounds", "modules_to_save"),
+    [("raflora", 2, 3, ()), ("fedit", 3, 2, ()), ("ffa-lora", 2, 2, ("classifier",))],
+)
 async def test_a_simulated_federation_publishes_the_bytes_of_a_real_one(
-    method: str, per_round: int, num_rounds: int, tmp_path: Path
+    method: str, per_round: int, num_rounds: int, modules_to_save: tuple[str, ...], tmp_path: Path
 ) -> None:
     plan, base = plan_of(method, per_round, num_rounds), tmp_path / "base"
-    ground = ground_in(base)
-    row = play_on(plan, ground, tmp_path / "simulated")
+    material = material_in(base, modules_to_save)
+    row = play_on(plan, material, tmp_path / "simulated")
     assert (row.status, row.rounds) == ("finished", num_rounds)
 
-    clients = make_population(ground.train_labels, None, plan.experiment.clients, validation=0.2, seed=plan.key.seed)
+    clients = make_population(material.train_labels, None, plan.experiment.clients, validation=0.2, seed=plan.key.seed)
     assert sorted(client.rank for client in clients) == [2, 4, 8]
-    config = served(coordinator_config(plan, ground, clients), tmp_path / "real", ground.work(8))
+    config = served(coordinator_config(plan, material, clients), tmp_path / "real", material.work(8))
     await serve(config, tmp_path, base, clients)
 
     simulated, real = told_by(tmp_path / "simulated" / "journal.sqlite"), told_by(tmp_path / "real" / "journal.sqlite")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy_site
 import pytest
-from numpy_site import NumpyWork, ground_on, run_plan
+from numpy_site import NumpyWork, material_on, run_plan
 
 from coordinator.stores.journal import SqlJournal
 from simulation.results import read_results
@@ -36,12 +36,12 @@ def kinds_in(folder: Path) -> list[tuple[int, str]]:
 @pytest.mark.parametrize(("method", "at_training"), [("raflora", 20), ("fedex-lora", 9), ("flexlora", 2)])
 def test_a_killed_run_ends_as_an_undisturbed_one(method: str, at_training: int, tmp_path: Path) -> None:
     plan, whole, killed = run_plan(method={"method": method}), tmp_path / "whole", tmp_path / "killed"
-    play_on(plan, ground_on(NumpyWork()), whole)
+    play_on(plan, material_on(NumpyWork()), whole)
     kill_in_the_middle(killed, method, at_training)
     assert not (killed / "finished").exists()
 
     work = NumpyWork()
-    play_on(plan, ground_on(work), killed)
+    play_on(plan, material_on(work), killed)
 
     assert len(work.trained) == 24 - at_training // 6 * 6, "only the round that was cut short is trained again"
     one, other = read_results(whole), read_results(killed)

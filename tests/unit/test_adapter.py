@@ -12,6 +12,7 @@ from common.adapter import (
     TensorShape,
     effective,
     initial_adapter,
+    shrunk_rank,
     slice_adapter,
 )
 from common.errors import AdapterMismatch, InvalidRequest, WrongRank
@@ -114,6 +115,11 @@ def test_a_slice_of_a_slice_is_the_smaller_slice() -> None:
     twice = slice_adapter(slice_adapter(adapter, 3, scaling=1.0), 2, scaling=1.0)
     np.testing.assert_array_equal(directly.modules["value"].lora_A, twice.modules["value"].lora_A)
     np.testing.assert_array_equal(directly.modules["value"].lora_B, twice.modules["value"].lora_B)
+
+
+def test_a_share_of_a_rank_is_rounded_down_but_not_for_a_binary_error() -> None:
+    found = [shrunk_rank(rank, share) for rank, share in [(90, 0.7), (10, 0.7), (4, 0.7), (64, 0.99), (4, 0.2), (8, 0)]]
+    assert found == [63, 7, 2, 63, 0, 0]
 
 
 @pytest.mark.parametrize("rank", [0, -1, 5])

@@ -18,6 +18,7 @@ from aggregation_cases import (
     merge,
     product,
     quick,
+    untrained,
 )
 from dense_reference import (
     Client,
@@ -186,6 +187,41 @@ def test_florist_without_a_threshold_is_flexlora(f: Federation) -> None:
     assert np.array_equal(merged.factors.lora_B, plain.factors.lora_B)
     assert np.array_equal(merged.factors.lora_A, plain.factors.lora_A)
     assert merged.energy_lost == plain.energy_lost
+
+
+# --- What stands in the base
+
+
+def rounds_without_training(f: Federation, options: MethodOptions, count: int) -> np.ndarray:
+    """What clients compute with after so many rounds of nothing: the adapter, and all that was added to the base."""
+    base = np.zeros_like(product(f.previous))
+    for _ in range(count):
+        merged = merge(untrained(f), options)
+        base += effect(merged) - product(merged.factors)
+        f = replace(f, previous=merged.factors)
+    return product(f.previous) + base
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+@quick
+@given(f=federations())
+def test_what_stands_in_the_base_is_damped_once_and_never_again(count: int, f: Federation) -> None:
+    q = np.array([sum(c.num_examples for c in f.clients if c.rank > i) for i in range(f.rank)]) / sum(f.num_examples)
+    left = {"flora": q, "fedex-lora": (q + q ** (2 * count)) / (1 + q), "flexlora": q**count}
+    for name, factor in left.items():
+        found = rounds_without_training(f, MethodOptions(name), count)
+        np.testing.assert_allclose(found, (f.PB * factor) @ f.PA, atol=1e-5, err_msg=name)
+
+
+def test_an_index_that_half_of_the_examples_own_keeps_half_in_flora_and_a_third_in_fedex_lora() -> None:
+    rng = np.random.default_rng(5)
+    previous = global_module(rng, 12, 10, 6)
+    small, large = (Client(np.zeros((12, rank)), np.zeros((rank, 10)), 10) for rank in (2, 6))
+    f = Federation(previous, (small, large), seed=5)
+    for name, left in (("flora", 1 / 2), ("fedex-lora", 1 / 3), ("flexlora", 0.0), ("fedit", 0.0)):
+        found = rounds_without_training(f, MethodOptions(name), 24)
+        expected = f.PB @ np.diag([1.0, 1.0, left, left, left, left]) @ f.PA
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=name)
 
 
 # --- What ties them together

@@ -42,7 +42,7 @@ def test_an_arm_of_one_rank_has_clients_of_that_rank_alone() -> None:
     assert (clients.ranks, clients.rank_weights, clients.count) == ((2,), (), 4)
 
 
-def test_an_arm_may_have_any_setting_of_its_own() -> None:
+def test_an_arm_may_have_settings_of_its_own() -> None:
     arm = Arm(name="hot", set={"training.learning_rate": 0.5, "clients.alpha": 9.0})
     changed = small().for_arm(arm)
     assert (changed.training.learning_rate, changed.clients.alpha) == (0.5, 9.0)
@@ -52,7 +52,11 @@ def test_an_arm_may_have_any_setting_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"clints.alpha": 1.0}, "arm 'a': clints.alpha: there is no such section"),
+        ({"clints.alpha": 1.0}, "arm 'a': clints.alpha: an arm may set what is in model, data, clients, rounds, "),
+        ({"seeds": [7]}, "arm 'a': seeds: an arm may set what is in model, data, clients, rounds, training, such as"),
+        ({"tuning.learning_rates": [0.1]}, "arm 'a': tuning.learning_rates: an arm may set what is in model, data, "),
+        ({"clients": {"alpha": 1.0}}, "arm 'a': clients: an arm may set what is in .*; the rest is the same for all"),
+        ({"clients.alpha.beta": 1.0}, "arm 'a': clients.alpha.beta: there is no such section"),
         ({"clients.alpa": 1.0}, "arm 'a': clients.alpa"),
         ({"clients.per_round": 9}, "arm 'a': clients: per_round 9, but there are 4 clients"),
     ],
@@ -60,6 +64,11 @@ def test_an_arm_may_have_any_setting_of_its_own() -> None:
 def test_a_setting_that_an_arm_cannot_have_is_named(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         small().for_arm(Arm(name="a", set=changes))
+
+
+def test_a_variant_for_a_cpu_may_also_have_other_seeds() -> None:
+    variant = ExperimentConfig.model_validate(SMALL | {"without_gpu": {"seeds": [9], "rounds.num_rounds": 1}}).on_cpu()
+    assert (variant.seeds, variant.rounds.num_rounds) == ((9,), 1)
 
 
 @pytest.mark.parametrize(

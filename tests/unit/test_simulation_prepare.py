@@ -1,5 +1,6 @@
 """What an experiment's settings become: the model, the order, and the very examples that a worker would have."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,7 @@ def test_what_was_encoded_is_not_encoded_again(folder: Path) -> None:
 
 
 def test_a_whole_text_model_has_the_examples_of_a_worker(folder: Path) -> None:
-    whole = {"class_name_head": False, "target_modules": ("query",), "modules_to_save": ("classifier",)}
-    found = prepared(folder, model=whole)
+    found = prepared(folder, model=WHOLE)
     model = load_model(found.model_config, found.order(lora_rank=2, seed=3))
     config = DataConfig(train=str(folder / "train.jsonl"), test=str(folder / "test.jsonl"), max_length=16)
     preparation = model.task.prepare(model.folder, model.base, model.labels, config)
@@ -127,6 +127,43 @@ def test_digits_are_the_demo_s_base_model_and_data(tmp_path: Path) -> None:
     assert local_round(found)["accuracy"] < 0.5
 
 
+WHOLE = {"class_name_head": False, "target_modules": ("query",), "modules_to_save": ("classifier",)}
+
+
+def other_train(folder: Path) -> None:
+    write_rows(folder / "train.jsonl", [{"text": text, "label": label} for text, label in (*TRAIN[1:], TRAIN[0])])
+
+
+def other_test(folder: Path) -> None:
+    write_rows(folder / "test.jsonl", [{"text": "good book", "label": 0}])
+
+
+def other_labels(folder: Path) -> None:
+    (folder / "labels.json").write_text(json.dumps(LABELS[::-1]))
+
+
+def other_model(folder: Path) -> None:
+    save_bert(folder / "source", layers=3)
+
+
+@pytest.mark.parametrize("model", [{}, WHOLE])
+@pytest.mark.parametrize(
+    ("change", "setting"),
+    [
+        (other_train, r"data\.train"),
+        (other_test, r"data\.test"),
+        (other_labels, r"data\.train"),
+        (other_model, r"model\.path"),
+    ],
+)
+def test_what_changes_under_the_same_settings_is_noticed(folder: Path, change: Any, setting: str, model: Any) -> None:
+    first = prepared(folder, model=model)
+    assert prepared(folder, model=model).contents == first.contents
+    change(folder)
+    with pytest.raises(ConfigError, match=f"{setting}: not what earlier runs in this results folder were computed"):
+        prepared(folder, model=model)
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -134,7 +171,7 @@ def test_digits_are_the_demo_s_base_model_and_data(tmp_path: Path) -> None:
         ({"model": {"task": "image-classification"}}, "class_name_head is for task 'sequence-classification'"),
         ({"model": {"modules_to_save": ("classifier",)}}, "a class-name head stays frozen"),
         ({"data": {"train": "digits", "test": "digits", "labels_file": None}}, "'digits' holds images"),
-        ({"model": {"class_name_head": False}, "data": {"max_length": 4}}, r"data\.max_length: .*found 4"),
+        ({"model": {"class_name_head": False}, "data": {"max_length": 131_073}}, r"data\.max_length: .*found 131073"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(folder: Path, sections: Any, message: str) -> None:

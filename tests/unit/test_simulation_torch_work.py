@@ -1,5 +1,7 @@
 """The real local work on a tiny ViT: one model for all clients, and a base that can be changed and put back."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tiny_models import SIDES, VIT_ORDER, random_adapter, save_vit, side_images
@@ -72,6 +74,22 @@ def test_a_frozen_lora_A_comes_back_as_it_went(work: TorchWork) -> None:
     for name, factors in trained.modules.items():
         assert np.array_equal(factors.lora_A, task.adapter.modules[name].lora_A)
         assert np.any(factors.lora_B != 0.0)
+
+
+def test_the_penalty_of_a_client_that_may_prune_pulls_its_last_directions_down(work: TorchWork) -> None:
+    def tail(adapter: Adapter) -> float:
+        return float(
+            sum(np.linalg.norm(f.lora_B[:, 2:]) * np.linalg.norm(f.lora_A[2:]) for f in adapter.modules.values())
+        )
+
+    def trained(penalty: float) -> Trained:
+        learned = random_adapter(work.spec, 4, seed=3)
+        options = MethodOptions("hetlora", prune_share=0.5, prune_penalty=penalty)
+        return work.train(replace(task_of(work, client_of("ada", 0)), adapter=learned, method=options))
+
+    plain, pruning = trained(0.0), trained(1.0)
+    assert tail(pruning.adapter) < tail(plain.adapter)
+    assert pruning.train_loss > plain.train_loss + 0.1, "the penalty is a part of it"
 
 
 def test_what_diverges_is_told_apart(work: TorchWork) -> None:

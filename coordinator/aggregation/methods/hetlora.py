@@ -13,12 +13,11 @@ product shrank in training.
   and is another method.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from common.adapter import Adapter, Factors
+from common.adapter import Adapter, Factors, shrunk_rank
 from common.errors import ConfigError
 from coordinator.aggregation.checks import check_inputs
 from coordinator.aggregation.factor_means import as_they_are, mean_factors
@@ -44,7 +43,7 @@ def pruned_rank(before: Adapter, after: Adapter, prune_share: float) -> int:
     It is floor(prune_share * rank) if that is at least 1 and training made the directions beyond it smaller, else the
     rank that it has.
     """
-    rank = math.floor(prune_share * after.rank)
+    rank = shrunk_rank(after.rank, prune_share)
     return rank if rank > 0 and _tail(after, rank) < _tail(before, rank) else after.rank
 
 
