@@ -12,9 +12,21 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from cli.errors import ExitCode
-from cli.experiments import RESULTS, Chosen, Wanted, choose
+from cli.experiments import RESULTS, Wanted, choose
 from cli.output import stdout_console
-from cli.simulate import CACHE, Arms, Cache, Data, Jobs, Overrides, Seeds, carry_out, settled, stderr_console
+from cli.simulate import (
+    CACHE,
+    Arms,
+    Cache,
+    Data,
+    Jobs,
+    Overrides,
+    Seeds,
+    carry_out,
+    failures_text,
+    settled,
+    stderr_console,
+)
 from common.errors import ConfigError
 from common.version import software_version
 from simulation.schedule import TUNING
@@ -41,8 +53,9 @@ def compare(
     *experiments: str,
     baseline: Annotated[str, Parameter(help="The arm that others are compared with; else FlexLoRA's average.")] = "",
     out: Annotated[Path | None, Parameter(help="The page; else report.html in the results' folder.")] = None,
-    png: Annotated[Path | None, Parameter(help="Where the pictures go; else pictures/ in the results' folder.")] = None,
-    jobs: Jobs = 1,
+    png: Annotated[Path | None, Parameter(help="Where the pictures go; else pictures/ beside the page.")] = None,
+    results: Annotated[Path | None, Parameter(help="Where an experiment is simulated; else runs/NAME.")] = None,
+    jobs: Jobs = None,
     data: Data = None,
     seeds: Seeds = (),
     arms: Arms = (),
@@ -53,32 +66,41 @@ def compare(
     """Compares the arms of an experiment: a table, one HTML page that opens anywhere, and pictures.
 
     Each EXPERIMENT is a folder that `raflora simulate` wrote, or an experiment's file or name, which is simulated
-    first (into runs/NAME, with the options of `raflora simulate`). Tables show mean, standard deviation and number of
-    seeds, and each arm's difference to --baseline, paired by seed.
+    first (into runs/NAME, with the options of `raflora simulate`; the exit code is 1 if a run failed). Tables show
+    mean, standard deviation and number of seeds, at the global rank and at the clients' own ranks, and each arm's
+    difference to --baseline, paired by seed.
     """
     if not experiments:
         raise ConfigError("raflora compare: name a results folder, an experiment's file or its name")
-    if len(experiments) > 1 and (out is not None or png is not None):
-        raise ConfigError(f"--out and --png are for one experiment, but {len(experiments)} are named")
+    if len(experiments) > 1 and not (out is None and png is None and results is None):
+        raise ConfigError(f"--out, --png and --results are for one experiment, but {len(experiments)} are named")
     if find_spec("matplotlib") is None:
         raise ConfigError('raflora compare needs matplotlib: pip install "raflora[science]"')
     console = stdout_console() if format == "text" else stderr_console()
-    told = []
+    told, failed = [], False
     for name in experiments:
         if Path(name).is_dir():
-            if seeds or arms or set_:
-                raise ConfigError(f"{name}: holds results; --seeds, --arms and --set are for what is to be simulated")
+            if seeds or arms or set_ or results is not None or jobs is not None or data is not None or cache != CACHE:
+                raise ConfigError(
+                    f"{name}: holds results; --results, --jobs, --data, --seeds, --arms, --set and --cache are for "
+                    "what is to be simulated"
+                )
             compared = _read(Path(name), baseline)
         else:
-            compared = _simulated(
-                settled(choose(name, Wanted(seeds, arms, data, set_))), baseline, cache, jobs, console
-            )
-        page, pictures = out or compared.folder / REPORT_FILE, png or compared.folder / PICTURES_FOLDER
+            chosen = choose(name, Wanted(seeds, arms, data, set_))
+            _check_baseline(chosen.config, baseline)
+            chosen = settled(chosen)
+            folder = results or RESULTS / chosen.config.name
+            outcome = carry_out(chosen, folder, cache, jobs, console)
+            compared = _Compared(chosen.config, outcome, folder, baseline)
+        page = out or compared.folder / REPORT_FILE
+        pictures = png or page.parent / PICTURES_FOLDER
         _write(compared, page, pictures)
         told.append(_told(compared, page, pictures, console))
+        failed = failed or bool(compared.outcome.failures)
     if format == "json":
         print(json.dumps(told[0] if len(told) == 1 else told, allow_nan=False))
-    return ExitCode.OK
+    return ExitCode.FAILED if failed else ExitCode.OK
 
 
 def _read(folder: Path, baseline: str) -> _Compared:
@@ -89,12 +111,6 @@ def _read(folder: Path, baseline: str) -> _Compared:
     if not outcome.results.runs:
         raise ConfigError(f"{folder}: no run is finished yet; `raflora simulate` goes on where it was")
     return _Compared(experiment, outcome, folder, baseline)
-
-
-def _simulated(chosen: Chosen, baseline: str, cache: Path, jobs: int, console: Console) -> _Compared:
-    _check_baseline(chosen.config, baseline)
-    folder = RESULTS / chosen.config.name
-    return _Compared(chosen.config, carry_out(chosen, folder, cache, jobs, console), folder, baseline)
 
 
 def _check_baseline(experiment: "ExperimentConfig", baseline: str) -> None:
@@ -134,6 +150,8 @@ def _told(compared: _Compared, page: Path, pictures: Path, console: Console) -> 
 
     console.print(outcome_screen(compared.experiment, compared.outcome, compared.baseline))
     console.print(findings_screen(compared.experiment, compared.outcome, compared.baseline))
+    if compared.outcome.failures:
+        console.print(failures_text(compared.outcome))
     console.print(f"\nReport:   {page}\nPictures: {pictures}", soft_wrap=True)
     files = {"folder": str(compared.folder), "report": str(page), "pictures": str(pictures)}
     return files | outcome_json(compared.experiment, compared.outcome, compared.baseline)

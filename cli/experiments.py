@@ -4,13 +4,14 @@ Reads settings only; torch is never loaded here.
 """
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from common.errors import ConfigError
-from common.settings import load_settings
+from common.settings import environment_keys, load_settings
 from simulation.experiment import ExperimentConfig
 from simulation.schedule import first_plans
 
@@ -39,7 +40,7 @@ class Chosen:
 
     config: ExperimentConfig
     folder: Path
-    decided: tuple[str, ...] = ()  # keys that the command line has decided, whatever the file says of them
+    decided: tuple[str, ...] = ()  # keys that the command line or the environment has decided
 
     @property
     def on_cpu(self) -> "Chosen":
@@ -78,20 +79,46 @@ def choose(name: str, wanted: Wanted = Wanted()) -> Chosen:
             raise ConfigError(f"--arms {unknown[0]}: the arms of {path.stem} are {', '.join(known)}")
         changes["arms"] = [arm.model_dump() for arm in config.arms if arm.name in wanted.arms]
     if wanted.data is not None:
+        if not wanted.data.is_dir():
+            raise ConfigError(f"--data {wanted.data}: there is no such folder")
         changes["data"] = config.data.model_dump() | {"folder": wanted.data.absolute()}
     try:
         config = ExperimentConfig.model_validate(config.model_dump() | changes)
         first_plans(config)  # an arm's own settings are looked at here, before anything is loaded
     except ValidationError as error:
         raise ConfigError(f"{path}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    decided = (*changes, *(override.partition("=")[0] for override in wanted.overrides))
+    decided = (*environment_keys(), *changes, *(override.partition("=")[0] for override in wanted.overrides))
     return Chosen(config, path.absolute().parent, decided)
+
+
+def check_files(chosen: Chosen) -> None:
+    """Raises ConfigError, with what to do, if a file of the data is not there; a hub's data set is not asked for."""
+    from simulation.text_data import DataPlace  # noqa: PLC0415 - loads the trainer's side
+    from worker.data import FILE_KINDS  # noqa: PLC0415
+
+    for arm in chosen.config.arms:
+        seen = chosen.config.for_arm(arm)
+        place = DataPlace(seen.data, chosen.folder)
+        named: dict[str, str | Path | None] = {"data.train": seen.data.train, "data.test": seen.data.test}
+        named = {key: name for key, name in named.items() if Path(str(name)).suffix in FILE_KINDS}
+        named |= {"data.labels_file": seen.data.labels_file, "clients.groups_file": seen.clients.groups_file}
+        for key, name in named.items():
+            try:
+                if name is not None:
+                    place.find(Path(name), key)
+            except ConfigError as error:
+                raise ConfigError(f"{error}; name the folder with --data (docs/experiments.md: Data)") from None
 
 
 def number_of_runs(experiment: ExperimentConfig) -> int:
     """All stages together; those of "best" that equal one of "same" are counted, too."""
     best = len(experiment.arms) * len(experiment.seeds) if experiment.tuning.learning_rates else 0
     return len(first_plans(experiment)) + best
+
+
+def jobs_for(experiment: ExperimentConfig) -> int:
+    """Processes where nobody says how many: one a core that this process may use, no more than there are runs."""
+    return max(1, min(len(os.sched_getaffinity(0)), number_of_runs(experiment)))
 
 
 def rough_seconds(experiment: ExperimentConfig) -> float:

@@ -13,11 +13,23 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.errors import ExitCode
-from cli.experiments import RESULTS, Chosen, Wanted, built_in_names, choose, number_of_runs, rough_seconds
+from cli.experiments import (
+    RESULTS,
+    Chosen,
+    Wanted,
+    built_in_names,
+    check_files,
+    choose,
+    jobs_for,
+    number_of_runs,
+    rough_seconds,
+)
 from cli.output import print_screen, stdout_console
+from cli.words import counted
 from common.errors import ConfigError
 
 if TYPE_CHECKING:
+    from simulation.experiment import ExperimentConfig
     from simulation.runner import Outcome
 
 CACHE = Path("runs/cache")  # of encoded texts, shared by all experiments
@@ -31,7 +43,9 @@ Arms = Annotated[
     tuple[str, ...], Parameter(consume_multiple=True, help="Only these arms; the tables then hold no others.")
 ]
 Overrides = Annotated[tuple[str, ...], Parameter(name="--set", help="KEY=VALUE overrides one key; repeatable.")]
-Jobs = Annotated[PositiveInt, Parameter(help="Runs at one time, a process each.")]
+Jobs = Annotated[
+    PositiveInt | None, Parameter(help="Runs at one time, a process of about 0.6 GiB each; else one a core.")
+]
 Data = Annotated[Path | None, Parameter(help="Where relative data paths begin; else RAFLORA_DATA says it.")]
 
 Cache = Annotated[Path, Parameter(help="Where encoded texts are kept, for all experiments.")]
@@ -42,7 +56,7 @@ def simulate(
     /,
     *,
     out: Annotated[Path | None, Parameter(help="The results' folder; else runs/NAME.")] = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
     data: Data = None,
     seeds: Seeds = (),
     arms: Arms = (),
@@ -77,6 +91,7 @@ def settled(chosen: Chosen) -> Chosen:
     missing = [name for name in _needed_by(chosen) if find_spec(name) is None]
     if missing:
         raise ConfigError(f'raflora simulate needs {", ".join(missing)}: pip install "raflora[science]"')
+    check_files(chosen)
     if not chosen.config.without_gpu:
         return chosen
     from simulation.crew import sees_gpu  # noqa: PLC0415 - loads the coordinator's storage
@@ -84,19 +99,41 @@ def settled(chosen: Chosen) -> Chosen:
     return chosen if chosen.config.model.device != "cpu" and sees_gpu() else chosen.on_cpu
 
 
-def carry_out(chosen: Chosen, folder: Path, cache: Path, jobs: int, console: Console) -> "Outcome":
+def carry_out(chosen: Chosen, folder: Path, cache: Path, jobs: int | None, console: Console) -> "Outcome":
     """Everything that is still to be run. Raises ConfigError, RunsFailed; Ctrl-C says how to go on."""
     from cli.simulation_screen import SimulationScreen  # noqa: PLC0415 - loads the coordinator's storage
     from simulation.crew import Place  # noqa: PLC0415
+    from simulation.report.stages import cpu_variant  # noqa: PLC0415 - loads the coordinator's storage
     from simulation.runner import run_experiment  # noqa: PLC0415
 
     place = Place(chosen.folder, folder.absolute(), cache.absolute())
     with SimulationScreen(console) as screen:
+        if narrower := _narrower(folder, chosen.config):
+            screen.say(Text(narrower, "yellow"))
+        if variant := cpu_variant(chosen.config):
+            screen.say(Text(f"No GPU is used: this is the experiment's small variant ({variant}).", "yellow"))
         try:
-            return run_experiment(chosen.config, place, jobs, screen)
+            return run_experiment(chosen.config, place, jobs or jobs_for(chosen.config), screen)
         except KeyboardInterrupt:
             screen.say(f"Interrupted. What is finished is in {folder}; the same command again goes on from there.")
             raise
+
+
+def _narrower(folder: Path, experiment: "ExperimentConfig") -> str:
+    """What is said where the tables of an earlier call hold more than those of this one will."""
+    from simulation.runner import read_experiment  # noqa: PLC0415
+
+    before = read_experiment(folder)
+    if before is None:
+        return ""
+    left_out = {arm.name for arm in before.arms} - {arm.name for arm in experiment.arms}
+    seeds = set(before.seeds) - set(experiment.seeds)
+    if not (left_out or seeds):
+        return ""
+    return (
+        f"The tables in {folder} will hold this selection alone; what else is finished stays in its runs/, and comes "
+        "back with the same command without the selection."
+    )
 
 
 def write_as_parquet(outcome: "Outcome", folder: Path) -> None:
@@ -122,9 +159,14 @@ def _tell(chosen: Chosen, folder: Path, outcome: "Outcome", console: Console, fo
         return
     console.print(outcome_screen(chosen.config, outcome))
     if outcome.failures:
-        console.print(Text(f"{len(outcome.failures)} runs failed; the same command again tries them anew.", "red"))
+        console.print(failures_text(outcome))
     console.print(f"\nResults: {folder}\nReport:  raflora compare {folder}", soft_wrap=True)
     sys.stdout.flush()
+
+
+def failures_text(outcome: "Outcome") -> Text:
+    """What could not be carried out, and what to do about it."""
+    return Text(f"{counted(len(outcome.failures), 'run')} failed; the same command again tries them anew.", "red")
 
 
 def _needed_by(chosen: Chosen) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from cli.words import NOTHING, counted, human_seconds, percent, plain
 from simulation.results import RunKey, RunRow
 from simulation.run import Progress as RunProgress
 from simulation.runner import name_of
-from simulation.schedule import RunPlan
+from simulation.schedule import FINISHED, TUNING, RunPlan
 
 _PER_SECOND = 4
 _NAME_WIDTH = 44
@@ -98,11 +98,11 @@ class SimulationScreen:
     def finished(self, plan: RunPlan, row: RunRow, accuracy: float) -> None:
         """A line that stays, and one less that moves."""
         self._end(plan)
-        reached = f"accuracy {percent(accuracy)}" if math.isfinite(accuracy) else "accuracy not measured"
+        reached = f"{_measure(plan)} {percent(accuracy)}" if math.isfinite(accuracy) else "accuracy not measured"
         of = f"[{self._done}/{self._wanted}]"
         line = Text.assemble((of, "dim"), f" {plain(name_of(plan))}: ", (reached, "bold green"))
         line.append(f", {row.rounds} rounds in {human_seconds(row.seconds)}")
-        if row.status != "finished":
+        if row.status != FINISHED:
             line.append(f"  {plain(row.status)}", style="bold yellow")
         self.say(line)
 
@@ -134,6 +134,10 @@ class SimulationScreen:
             return ""
         left = (time.monotonic() - self._started) / done * max(0.0, self._wanted - done)
         return f"about {human_seconds(left)} left"
+
+
+def _measure(plan: RunPlan) -> str:
+    return "validation accuracy" if plan.key.stage == TUNING else "accuracy"
 
 
 def _running_line(plan: RunPlan, progress: RunProgress | None) -> tuple[Text, ...]:

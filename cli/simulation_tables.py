@@ -2,96 +2,165 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from cli.words import human_bytes, plain
 from simulation.experiment import ExperimentConfig
 from simulation.report.findings import findings_of
-from simulation.report.summary import ArmSummary, default_baseline, differences, summarise
-from simulation.report.tables import decimals, points, share, signed_points, spread_text
+from simulation.report.stages import Group as ArmGroup
+from simulation.report.stages import cpu_variant, stages_of
+from simulation.report.summary import ArmSummary, differences
+from simulation.report.tables import decimals, points, runs_text, share, signed_points, spread_text
 from simulation.runner import Outcome, missing_runs, name_of
-from simulation.schedule import BEST, SAME
+from simulation.schedule import BEST
 
-_TITLES = {SAME: "At the experiment's own learning rate", BEST: "Every arm at its own best learning rate"}
+_MOST_FINDINGS = 12  # lines on a screen; the page has them all
+_GAP = 2  # columns between two cells
+# What goes first where a terminal is narrow; the arm, its accuracies and its runs stay.
+_FIRST_TO_GO = ("effective rank", "rho", "down", "above r1", "own over", "over")
 
 
 def outcome_screen(experiment: ExperimentConfig, outcome: Outcome, baseline: str = "") -> Group:
-    """One table a stage."""
+    """One table a stage and setting."""
     parts: list[RenderableType] = []
-    for stage, of_stage, base in stages_of(experiment, outcome, baseline):
-        parts += [Text(), Text(_TITLES[stage], style="bold"), arms_table(of_stage, base)]
+    for stage in stages_of(outcome.results, experiment, baseline):
+        parts += [Text(), Text(stage.title, style="bold")]
+        for group in stage.groups:
+            if len(stage.groups) > 1:
+                parts.append(Text(f"\n{plain(group.title)}"))
+            parts.append(ArmsTable(group))
+    if not parts:
+        parts.append(Text("\nOnly tuning runs are finished: there is nothing to compare yet.", style="yellow"))
     return Group(*parts)
 
 
 def findings_screen(experiment: ExperimentConfig, outcome: Outcome, baseline: str = "") -> Group:
-    """What speaks against raFLoRA and what for it, of the last stage."""
-    *_, (stage, of_stage, _) = stages_of(experiment, outcome, baseline)
-    found = findings_of(of_stage, outcome.choices if stage == BEST else ())
+    """What speaks against raFLoRA and what for it, of the last stage; a dozen lines at most."""
+    stages = stages_of(outcome.results, experiment, baseline)
+    if not stages:
+        return Group()
+    found = findings_of(stages[-1].summaries, outcome.choices if stages[-1].name == BEST else ())
+    shown = [each for each in found if not each.is_detail][:_MOST_FINDINGS]
     lines = [
         Text(f"{'!' if each.is_against else ' '} {plain(each.sentence)}", style="yellow" if each.is_against else "")
-        for each in found
+        for each in shown
     ]
+    if len(shown) < len(found):
+        lines.append(Text(f"  and {len(found) - len(shown)} more on the page of `raflora compare`", style="dim"))
     return Group(Text(), Text("What these rows show, the unflattering first", style="bold"), *lines)
 
 
-def stages_of(
-    experiment: ExperimentConfig, outcome: Outcome, baseline: str
-) -> list[tuple[str, tuple[ArmSummary, ...], str]]:
-    """Stage, its summaries, and the arm that others are compared with."""
-    summaries = summarise(outcome.results, [arm.name for arm in experiment.arms])
-    found = []
-    for stage in (SAME, BEST):
-        of_stage = tuple(each for each in summaries if each.stage == stage)
-        if of_stage:
-            known = [each.arm for each in of_stage]
-            found.append((stage, of_stage, baseline if baseline in known else default_baseline(of_stage)))
-    return found
+@dataclass(frozen=True)
+class ArmsTable:
+    """One row an arm, everything over seeds; as many columns as there is room for, and a line that names the rest."""
+
+    group: ArmGroup
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """As rich asks for it."""
+        columns = _columns(self.group)
+        left_out = []
+        for name in _FIRST_TO_GO:
+            if sum(each.width + _GAP for each in columns) - _GAP <= options.max_width:
+                break
+            left_out += [each.heading for each in columns if each.name == name]
+            columns = [each for each in columns if each.name != name]
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, _GAP, 0, 0))
+        for each in columns:
+            is_arm = each.name == "arm"
+            table.add_column(
+                Text(each.heading), justify="left" if is_arm else "right", no_wrap=is_arm, width=each.width
+            )
+        for cells in zip(*(each.cells for each in columns), strict=True):
+            table.add_row(*cells)
+        yield table
+        if left_out:
+            yield Text(f"no room for: {', '.join(left_out)}", style="dim")
 
 
-def arms_table(summaries: Sequence[ArmSummary], baseline: str) -> Table:
-    """One row an arm; everything over seeds."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("arm")
-    headings = ("accuracy %", f"over {baseline}", "rho", "effective rank", "above r1", "down", "runs")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=heading != "runs")
-    gaps = {each.arm: each.difference for each in differences(summaries, baseline)}
-    for each in summaries:
-        last = max(each.energy_above, default=0)
-        table.add_row(
-            Text(plain(each.arm), style="dim" if each.is_reference else "bold"),
-            spread_text(each.accuracy, points),
-            spread_text(gaps[each.arm], signed_points) if each.arm in gaps else "",
-            decimals(each.rho.mean, 3),
-            decimals(each.effective_rank.mean, 1),
-            share(each.energy_above[last].mean) if last else "",
-            human_bytes(int(each.download_bytes)) if math.isfinite(each.download_bytes) else "",
-            _runs(each),
-        )
-    return table
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    heading: str
+    cells: Sequence[Text]
+
+    @property
+    def width(self) -> int:
+        """Unwrapped cells; a heading may wrap between its words."""
+        words = self.heading.split() if self.name != "arm" else [self.heading]
+        return max(map(cell_len, (*words, *(cell.plain for cell in self.cells))))
+
+
+def _columns(group: ArmGroup) -> list[_Column]:
+    arms = group.summaries
+    gaps = {each.arm: each for each in differences(arms, group.baseline)}
+    over = [gaps.get(each.arm) for each in arms]
+    columns = [
+        _Column("arm", "arm", [Text(plain(each.arm), style="dim" if each.is_reference else "bold") for each in arms]),
+        _Column("accuracy", "accuracy %", [Text(spread_text(each.accuracy, points)) for each in arms]),
+        _Column(
+            "over",
+            f"over {plain(group.baseline)}",
+            [Text(spread_text(gap.difference, signed_points) if gap else "") for gap in over],
+        ),
+        _Column("own rank", "own rank %", [Text(spread_text(each.own_ranks, points)) for each in arms]),
+        _Column(
+            "own over",
+            f"own rank over {plain(group.baseline)}",
+            [Text(spread_text(gap.at_own_ranks, signed_points) if gap else "") for gap in over],
+        ),
+        _Column("rho", "rho", [Text("" if each.is_reference else decimals(each.rho.mean, 3)) for each in arms]),
+        _Column("effective rank", "effective rank", [Text(decimals(each.effective_rank.mean, 1)) for each in arms]),
+        _Column("above r1", "above r1", [Text(_above(each)) for each in arms]),
+        _Column("down", "down", [Text(_bytes(each.download_bytes)) for each in arms]),
+        _Column("runs", "runs", [Text(runs_text(each), style="yellow" if each.lost else "") for each in arms]),
+    ]
+    return columns
+
+
+def _above(summary: ArmSummary) -> str:
+    last = 0 if summary.is_reference else max(summary.energy_above, default=0)
+    return share(summary.energy_above[last].mean) if last else ""
+
+
+def _bytes(size: float) -> str:
+    return human_bytes(int(size)) if math.isfinite(size) else ""
 
 
 def outcome_json(experiment: ExperimentConfig, outcome: Outcome, baseline: str = "") -> dict[str, Any]:
     """The same numbers, and whatever the table leaves out; what was not measured is null."""
     stages = []
-    for stage, of_stage, base in stages_of(experiment, outcome, baseline):
-        found = findings_of(of_stage, outcome.choices if stage == BEST else ())
+    for stage in stages_of(outcome.results, experiment, baseline):
+        found = findings_of(stage.summaries, outcome.choices if stage.name == BEST else ())
+        groups = [
+            {
+                "setting": group.setting,
+                "baseline": group.baseline,
+                "differences": [
+                    asdict(each) | {"is_clear": each.is_clear, "is_clear_at_own_ranks": each.at_own_ranks.is_clear}
+                    for each in differences(group.summaries, group.baseline)
+                ],
+            }
+            for group in stage.groups
+        ]
         stages.append(
             {
-                "stage": stage,
-                "baseline": base,
-                "arms": [asdict(each) for each in of_stage],
-                "differences": [asdict(each) for each in differences(of_stage, base)],
+                "stage": stage.name,
+                "title": stage.title,
+                "arms": [asdict(each) for each in stage.summaries],
+                "groups": groups,
                 "findings": [asdict(each) for each in found],
             }
         )
     content = {
         "experiment": experiment.name,
+        "cpu_variant": cpu_variant(experiment),
         "stages": stages,
         "choices": [asdict(choice) for choice in outcome.choices],
         "failures": [{"run": name_of(plan), "why": sentence} for plan, sentence in outcome.failures],
@@ -99,12 +168,6 @@ def outcome_json(experiment: ExperimentConfig, outcome: Outcome, baseline: str =
     }
     cleaned: dict[str, Any] = _finite(content)
     return cleaned
-
-
-def _runs(summary: ArmSummary) -> Text:
-    if not summary.diverged:
-        return Text(str(summary.finished))
-    return Text(f"{summary.finished}, {len(summary.diverged)} diverged", style="yellow")
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Processes that play runs, one at a time each: torch is loaded once a process, and a process that dies loses one run.
 
 They are started afresh (spawn), let Ctrl-C be the parent's business, and write what they have to say to a log of
-their own. A pipe to each is the only queue: it is bounded, and its end tells of a death.
+their own. A pipe to each is the only queue: it is bounded, and its end tells of a death. What it carries comes from our
+own processes on this machine alone (decision 0011).
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,6 +31,9 @@ from simulation.schedule import RunPlan
 LISTEN_SECONDS = 0.5  # between two looks at whether anybody has spoken
 LOAD_SECONDS = 180.0  # that torch gets to be loaded on a busy machine
 END_SECONDS = 5.0  # that a process gets to end before it is killed
+# That a process may say nothing about its order before it is given up. It tells of every client and every batch of
+# texts; the longest silences are a model's download and an evaluation on a large test set.
+SILENCE_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,12 @@ class Member:
     connection: Connection
     log: Path
     order: Order | None = None
+    heard: float = 0.0  # when it last said something, or was given its order, on the monotonic clock
 
     def give(self, order: Order) -> None:
         """The next thing to do; the last one must be done."""
         assert self.order is None, "one order at a time"  # noqa: S101
-        self.order = order
+        self.order, self.heard = order, time.monotonic()
         with suppress(OSError):  # it has died meanwhile: the end of its pipe will say so
             self.connection.send(order)
 
@@ -105,7 +111,9 @@ class Crew:
 
     place: Place
     size: int
+    silence_seconds: float = SILENCE_SECONDS
     members: list[Member] = field(default_factory=list)
+    started: int = 0  # processes in all: each has a log of its own, also one that replaces another
 
     def __enter__(self) -> Self:
         return self
@@ -125,26 +133,44 @@ class Crew:
             if member.order is None:
                 return member
         if len(self.members) < self.size:
-            self.members.append(_start(self.place, len(self.members)))
+            self.members.append(_start(self.place, self.started))
+            self.started += 1
             return self.members[-1]
         return None
 
     def news(self) -> Iterator[tuple[Order, News]]:
-        """What was said since the last call, with the order it is about; waits a moment for the first."""
+        """What was said since the last call, with the order it is about; waits a moment for the first.
+
+        A process that has died, or has been silent for too long, has failed at its order and is gone.
+        """
         by_connection = {member.connection: member for member in self.members if member.order is not None}
         for connection in wait(list(by_connection), timeout=LISTEN_SECONDS):
             member = by_connection[connection]  # type: ignore[index]
             order = member.order
             assert order is not None, "only those with an order are listened to"  # noqa: S101
+            member.heard = time.monotonic()
             try:
                 said: News = member.connection.recv()
             except (EOFError, OSError):
-                self.members.remove(member)
-                _end(member)
+                self._part_with(member)
                 said = Failed(f"its process ended with exit code {member.process.exitcode}; see {member.log}")
             if not isinstance(said, Encoded | Progress):
                 member.order = None
             yield order, said
+        yield from self._silent()
+
+    def _silent(self) -> Iterator[tuple[Order, News]]:
+        for member in list(self.members):
+            silence = time.monotonic() - member.heard
+            if member.order is not None and silence > self.silence_seconds and not member.connection.poll():
+                member.process.kill()
+                self._part_with(member)
+                sentence = f"its process said nothing for {silence:.0f} s and was ended; see {member.log}"
+                yield member.order, Failed(sentence)
+
+    def _part_with(self, member: Member) -> None:
+        self.members.remove(member)
+        _end(member)
 
 
 def material_of(experiment: ExperimentConfig) -> str:

@@ -1,26 +1,31 @@
 """A whole experiment: which runs are still to be done, doing them in several processes, and the merged tables.
 
 May be interrupted at any time; the same call again goes on. A run that fails is named and costs no other. torch is
-loaded by the processes alone, and only if anything is left to run.
+loaded by the processes alone, and only if anything is left to run. Nothing is written into a folder whose runs have
+other settings, and two calls never write into one folder.
 """
 
 import json
+import math
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from common.errors import ConfigError, RafloraError
+from common.errors import ConfigError, RafloraError, StateInUse
 from common.transfer import write_durably
+from coordinator.stores.lock import StateLock, lock_state_folder
 from simulation.crew import Crew, Encoded, Failed, Place, Prepare, Ready, material_of
 from simulation.experiment import ExperimentConfig
-from simulation.results import Results, RunRow, read_results, write_results
+from simulation.results import Results, RunKey, RunRow, read_results, write_results
 from simulation.run import Progress, settings_of
 from simulation.run_store import FINISHED_FILE, SETTINGS_FILE, finished_results
 from simulation.schedule import Choice, RunPlan, best_plans, choices_of, first_plans, twin_of
 
 EXPERIMENT_FILE = "experiment.json"
+WRITE_SECONDS = 30.0  # between two writings of the merged tables, which grow with every run
 
 
 class RunsFailed(RafloraError):
@@ -65,25 +70,37 @@ class Outcome:
 
 
 def run_experiment(experiment: ExperimentConfig, place: Place, jobs: int, audience: Audience) -> Outcome:
-    """Carries out all runs that are not done yet, `jobs` at a time; the tables in the folder grow with every run.
+    """Carries out all runs that are not done yet, `jobs` at a time; the tables in the folder grow with them.
 
-    Raises ConfigError for a folder of another experiment, RunsFailed if not a single run could be carried out.
+    Raises ConfigError for a folder of another experiment or one that another call writes to, RunsFailed if not a
+    single run could be carried out.
     """
     plans = first_plans(experiment)
-    place.folder.mkdir(parents=True, exist_ok=True)
-    _write_experiment(experiment, place.folder)
-    with Crew(place, jobs) as crew:
-        stage = _Work(crew, place, audience)
-        stage.carry_out(plans)
-        choices = choices_of(experiment, stage.results)
-        later = [(plan, twin_of(plan, plans)) for plan in best_plans(experiment, choices)]
-        stage.copy((plan, twin) for plan, twin in later if twin is not None)
-        stage.carry_out([plan for plan, twin in later if twin is None])
-    write_results(stage.results, place.folder)
+    with _locked(place.folder):
+        finished = _finished_before(experiment, plans, place)
+        _write_experiment(experiment, place.folder)
+        with Crew(place, jobs) as crew:
+            stage = _Work(crew, place, audience, finished)
+            try:
+                stage.carry_out(plans)
+                choices = choices_of(experiment, stage.results)
+                later = [(plan, twin_of(plan, plans)) for plan in best_plans(experiment, choices)]
+                stage.copy((plan, twin) for plan, twin in later if twin is not None)
+                stage.carry_out([plan for plan, twin in later if twin is None])
+            finally:
+                write_results(stage.results, place.folder)
     if stage.failures and not stage.results.runs:
         plan, sentence = stage.failures[0]
         raise RunsFailed(f"not one run could be carried out; {name_of(plan)}: {sentence}")
     return Outcome(stage.results, choices, tuple(stage.failures))
+
+
+def read_experiment(folder: Path) -> ExperimentConfig | None:
+    """The settings with which a results folder was last written; None if it is none, or another version's."""
+    try:
+        return ExperimentConfig.model_validate_json((folder / EXPERIMENT_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def read_outcome(folder: Path) -> tuple[ExperimentConfig, Outcome]:
@@ -119,8 +136,10 @@ class _Work:
     crew: Crew
     place: Place
     audience: Audience
+    finished: Mapping[RunKey, Results]  # by an earlier call
     results: Results = field(default_factory=Results)
     failures: list[tuple[RunPlan, str]] = field(default_factory=list)
+    written: float = field(default_factory=time.monotonic)  # when the tables were
 
     def carry_out(self, plans: Sequence[RunPlan]) -> None:
         """Reads what is finished, and has the crew do the rest."""
@@ -128,7 +147,7 @@ class _Work:
             return
         waiting: deque[RunPlan] = deque()
         for plan in plans:
-            found = _finished(plan, self.place.of_run(plan))
+            found = self.finished.get(plan.key)
             if found is None:
                 waiting.append(plan)
             else:
@@ -185,26 +204,62 @@ class _Work:
 
     def _add(self, plan: RunPlan, row: RunRow) -> None:
         self.results += read_results(self.place.of_run(plan))
-        write_results(self.results, self.place.folder)
+        if time.monotonic() - self.written > WRITE_SECONDS:
+            write_results(self.results, self.place.folder)
+            self.written = time.monotonic()
         self.audience.finished(plan, row, final_accuracy(self.results, row))
 
 
 def final_accuracy(results: Results, row: RunRow) -> float:
-    """A run's last accuracy at its global rank, on whatever split its stage is judged; nan if there is none."""
-    found = [each for each in results.accuracy if each.key == row.key and each.rank == row.global_rank]
-    return max(found, key=lambda each: each.round).accuracy if found else float("nan")
+    """A run's accuracy after its last round at its global rank, on the split of its stage; nan if it has none."""
+    at = (row.key, row.rounds, row.global_rank)
+    return next((each.accuracy for each in results.accuracy if (each.key, each.round, each.rank) == at), math.nan)
 
 
 def _finished(plan: RunPlan, folder: Path) -> Results | None:
-    """The rows of a run that an earlier call finished. Raises ConfigError if it had other settings."""
-    if not (folder / FINISHED_FILE).is_file():
+    """The rows of a run that an earlier call finished. Raises ConfigError if it, or a begun one, had other settings."""
+    if not (folder / SETTINGS_FILE).exists():
         return None
     try:
-        population = json.loads((folder / SETTINGS_FILE).read_bytes())["population"]
+        settings = json.loads((folder / SETTINGS_FILE).read_bytes())
+        population = settings["population"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{folder}: not what raflora wrote; delete it, or name another --out") from None
     # How the data was divided is not known before it has been read; everything else must be as it was.
-    return finished_results(folder, settings_of(plan, ()) | {"population": population})
+    wanted = settings_of(plan, ()) | {"population": population}
+    if not (folder / FINISHED_FILE).exists() and settings != json.loads(json.dumps(wanted)):
+        raise ConfigError(f"{folder}: holds a begun run with other settings; delete it, or name another --out")
+    return finished_results(folder, wanted)
+
+
+def _finished_before(experiment: ExperimentConfig, plans: Sequence[RunPlan], place: Place) -> Mapping[RunKey, Results]:
+    """What earlier calls have finished, read before anything is written. Raises ConfigError for other settings."""
+    found: dict[RunKey, Results] = {}
+
+    def read(some: Sequence[RunPlan]) -> None:
+        for plan in some:
+            if (results := _finished(plan, place.of_run(plan))) is not None:
+                found[plan.key] = results
+
+    try:
+        read(plans)
+        read(best_plans(experiment, choices_of(experiment, sum(found.values(), Results()))))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}. The folder of all results is {place.folder}: name another (simulate --out, compare --results), "
+            "give the experiment another name (--set name=...), or delete it"
+        ) from None
+    return found
+
+
+def _locked(folder: Path) -> StateLock:
+    folder.mkdir(parents=True, exist_ok=True)  # results are for others to read; a coordinator's folder would not be
+    try:
+        return lock_state_folder(folder)
+    except StateInUse:
+        raise ConfigError(
+            f"another `raflora simulate` writes to {folder}; wait for it, or name another --out"
+        ) from None
 
 
 def _by_material(plans: Iterable[RunPlan]) -> Iterable[list[RunPlan]]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from common.errors import ConfigError
+from coordinator.aggregation.methods import make_method
 from simulation.experiment import Arm, ExperimentConfig
 from simulation.results import Results, RunKey
 
@@ -38,7 +40,13 @@ class Choice:
 
 
 def first_plans(experiment: ExperimentConfig) -> tuple[RunPlan, ...]:
-    """What can run without knowing any result: the stages "same" and "tuning". Seeds turn slowest."""
+    """What can run without knowing any result: the stages "same" and "tuning". Seeds turn slowest.
+
+    Raises ConfigError for seeds or rates that would be run twice, for tuning on a seed that is reported, and for an
+    arm that cannot be run.
+    """
+    check_seeds(experiment)
+    check_arms(experiment)
     plans = [_same(experiment, arm, seed) for seed in experiment.seeds for arm in experiment.arms]
     plans += [
         _plan(experiment, arm, RunKey(TUNING, arm.name, rate, decay, seed))
@@ -48,6 +56,37 @@ def first_plans(experiment: ExperimentConfig) -> tuple[RunPlan, ...]:
         for rate in experiment.tuning.learning_rates
     ]
     return tuple(plans)
+
+
+def check_seeds(experiment: ExperimentConfig) -> None:
+    """Raises ConfigError for a seed, rate or schedule that is named twice: the same run is no second observation."""
+    tuning = experiment.tuning
+    named: tuple[tuple[str, Sequence[object]], ...] = (
+        ("seeds", experiment.seeds),
+        ("tuning.seeds", tuning.seeds),
+        ("tuning.learning_rates", tuning.learning_rates),
+        ("tuning.decays", tuning.decays),
+    )
+    for key, values in named:
+        twice = [value for index, value in enumerate(values) if value in values[:index]]
+        if twice:
+            raise ConfigError(f"{key}: {twice[0]} is named twice, and the same run again shows nothing new")
+    both = sorted(set(experiment.seeds) & set(tuning.seeds)) if tuning.learning_rates else []
+    if both:
+        raise ConfigError(
+            f"seed {both[0]} is both in seeds and in tuning.seeds: what is reported must not have been tuned on"
+        )
+
+
+def check_arms(experiment: ExperimentConfig) -> None:
+    """Raises ConfigError for an arm whose method or settings do not exist, or that has nothing to be tuned on."""
+    for arm in experiment.arms:
+        try:
+            make_method(arm.options)
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm.name!r}: {error}") from None
+        if experiment.tuning.learning_rates and experiment.for_arm(arm).data.validation == 0.0:
+            raise ConfigError("tuning is judged on the clients' validation parts: set data.validation above 0")
 
 
 def choices_of(experiment: ExperimentConfig, results: Results) -> tuple[Choice, ...]:
@@ -91,19 +130,19 @@ def _plan(experiment: ExperimentConfig, arm: Arm, key: RunKey) -> RunPlan:
     return RunPlan(key, arm, seen.model_copy(update={"training": training}))
 
 
-Score = float  # validation accuracy; minus infinity for a diverged run
+Score = float  # validation accuracy; minus infinity for a run that did not finish
 
 
 def _scores(results: Results) -> Mapping[RunKey, Score]:
-    """The validation accuracy of every tuning run, in its last evaluated round at the global rank."""
-    last: dict[RunKey, tuple[int, float]] = {}
+    """The validation accuracy of every tuning run after its last round at the global rank."""
+    last: dict[RunKey, float] = {}
     runs = {run.key: run for run in results.runs if run.key.stage == TUNING}
     for row in results.accuracy:
         run = runs.get(row.key)
-        if run and row.split == "validation" and row.rank == run.global_rank:
-            last[row.key] = max(last.get(row.key, (-1, 0.0)), (row.round, row.accuracy))
+        if run and row.split == "validation" and row.rank == run.global_rank and row.round == run.rounds:
+            last[row.key] = row.accuracy
     lost = -math.inf
-    return {key: last.get(key, (0, lost))[1] if run.status == FINISHED else lost for key, run in runs.items()}
+    return {key: last.get(key, lost) if run.status == FINISHED else lost for key, run in runs.items()}
 
 
 def _seed_scores(

@@ -1,7 +1,8 @@
 """The pictures of an experiment, each a pure function of rows: accuracy, energies, the theorem's bound, traffic.
 
-matplotlib is loaded when the first is drawn. Every line is a mean over the finished seeds, every band reaches from
-the lowest seed to the highest; a run that diverged is drawn as far as it came, alone and with a cross at its end.
+matplotlib is loaded when the first is drawn. Every line is a mean over the finished seeds, every band (of up to six
+arms) reaches from the lowest seed to the highest; a run that diverged is drawn as far as it came, alone and with a
+cross at its end.
 """
 
 import math
@@ -15,6 +16,7 @@ from simulation.report.plotting import (
     INK,
     Picture,
     Style,
+    id_of,
     label_ends,
     new_figure,
     plain_numbers,
@@ -22,15 +24,17 @@ from simulation.report.plotting import (
     whole_rounds,
 )
 from simulation.report.summary import energy_above
+from simulation.report.tables import MEBI
 from simulation.results import PartitionRow, Results, RoundRow, RunKey, RunRow
 from simulation.schedule import FINISHED
 
 _WIDE, _HIGH = 7.6, 3.7
 _PANELS_IN_A_ROW = 3
+_MOST_BANDS = 6  # arms; the bands of more hide the lines
 _PANEL_HEIGHT = 2.15
 _LEAST_ENERGY = 1e-8  # below it a share of float32 factors is noise
 _LEAST_SHARE_WITH_A_NAME = 0.05
-_MEGA = 1e6
+_LOWEST_TONE = 0.08  # of the colour map: its ends are hard to tell from black and white
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Material:
     def last_round(self) -> int:
         """Of the longest run."""
         return max((rows[-1].round for rows in self.rounds.values() if rows), default=1)
+
+    @property
+    def has_bands(self) -> bool:
+        """Whether there are few enough arms for their spreads to be told apart."""
+        return len(self.arms) <= _MOST_BANDS
 
     @property
     def mixed(self) -> tuple[str, ...]:
@@ -99,7 +108,8 @@ def accuracy_over_rounds(material: Material) -> Picture:
     whole_rounds(axis, material.last_round)
     axis.set_ylabel("test accuracy, %")
     label_ends(axis, ends)
-    caption = "The global adapter at its full rank on the test split. Band: lowest to highest seed."
+    bands = "Band: lowest to highest seed." if material.has_bands else "So many arms are drawn without their spread."
+    caption = f"The global adapter at its full rank on the test split, mean over seeds. {bands}"
     return Picture("accuracy", "Accuracy over rounds", caption, figure)
 
 
@@ -119,18 +129,18 @@ def energy_above_smallest(material: Material) -> Picture:
     for arm in bounded:
         bound = _bound(material, arm)
         axis.plot(
-            list(bound), list(bound.values()), color=INK, linewidth=1.1, linestyle=(0, (4, 2)), gid=f"bound-{arm}"
+            list(bound), list(bound.values()), color=INK, linewidth=1.1, linestyle=(0, (4, 2)), gid=id_of("bound", arm)
         )
         visible = {number: value for number, value in bound.items() if value >= 10 * _LEAST_ENERGY}
         if visible:
-            at = sorted(visible)[len(visible) // 2]
+            at = sorted(visible)[3 * len(visible) // 4]
             axis.annotate(
-                r"bound $C\,\gamma^t$",
+                rf"bound $C\,\gamma^t$ on {arm}",
                 (at, visible[at]),
-                xytext=(-4, -4),
+                xytext=(5, 2),
                 textcoords="offset points",
-                ha="right",
-                va="top",
+                ha="left",
+                va="bottom",
                 color=INK,
                 fontsize=8.5,
             )
@@ -138,11 +148,12 @@ def energy_above_smallest(material: Material) -> Picture:
     lowest = min((y for line in axis.lines for y in line.get_ydata() if y > 0), default=_LEAST_ENERGY)
     axis.set_ylim(max(lowest / 2, _LEAST_ENERGY / 2), 1.5)
     whole_rounds(axis, material.last_round)
-    axis.set_ylabel("energy above the smallest rank (1 - rho)")
+    axis.set_ylabel("energy above the smallest rank (log)")
     label_ends(axis, ends)
-    smallest = material.runs[material.mixed[0]][0].smallest_rank
+    smallest = sorted({material.runs[arm][0].smallest_rank for arm in material.mixed})
+    of_rank = f"rank {smallest[0]}" if len(smallest) == 1 else f"each arm's own smallest rank ({_listed(smallest)})"
     caption = (
-        f"Share of the global update's energy above rank {smallest}, on a logarithmic scale; shares below "
+        f"Share of the global update's energy above {of_rank}, on a logarithmic scale; shares below "
         f"{_LEAST_ENERGY:g} are drawn there."
     )
     if bounded:
@@ -168,7 +179,9 @@ def energy_per_partition(material: Material) -> Picture:
     figure.supxlabel("round", color=INK, fontsize=9)
     figure.supylabel("share of energy, %", color=INK, fontsize=9)
     caption = (
-        "Which ranks of the global update carry its energy: mean over seeds, lowest ranks darkest and at the bottom. "
+        "Which ranks of the global update carry its energy: mean over seeds, lowest ranks darkest and at the bottom, "
+        "the same ranks in the same colour in all panels; bands that end with "
+        f"{_LEAST_SHARE_WITH_A_NAME:.0%} or more bear their names. "
         "An arm whose upper bands vanish has lost what only its larger clients could train."
     )
     return Picture("energy-partitions", "Energy per rank partition over rounds", caption, figure)
@@ -180,8 +193,7 @@ def accuracy_at_ranks(material: Material) -> Picture:
 
     def curve(run: RunRow) -> Mapping[float, float]:
         found = material.test.get(run.key, {})
-        last = max((number for number, _ in found), default=0)
-        return {rank: 100 * accuracy for (number, rank), accuracy in sorted(found.items()) if number == last}
+        return {rank: 100 * accuracy for (number, rank), accuracy in sorted(found.items()) if number == run.rounds}
 
     ranks = sorted({rank for of_run in material.test.values() for _, rank in of_run})
     axis.set_xscale("log", base=2)
@@ -209,7 +221,7 @@ def norm_over_rounds(material: Material) -> Picture:
     axis.set_yscale("log")
     plain_numbers(axis.yaxis)
     whole_rounds(axis, material.last_round)
-    axis.set_ylabel("norm of the global update")
+    axis.set_ylabel("norm of the global update (log)")
     label_ends(axis, ends)
     caption = (
         "A norm that keeps doubling while the loss rises is divergence. A cross marks where a run could "
@@ -228,7 +240,7 @@ def accuracy_against_download(material: Material) -> Picture:
         so_far = dict(zip(numbers, sent, strict=True))
         found = material.test.get(run.key, {})
         return {
-            number: so_far[number] / _MEGA
+            number: so_far[number] / MEBI
             for number, rank in found
             if rank == run.global_rank and so_far.get(number, 0) > 0
         }
@@ -241,12 +253,12 @@ def accuracy_against_download(material: Material) -> Picture:
         if shared:
             style = material.styles[arm]
             xs, ys = [spent[number] for number in shared], [100 * reached[number] for number in shared]
-            axis.plot(xs, ys, color=style.colour, linestyle=style.dashes, linewidth=style.width, gid=f"line-{arm}")
+            axis.plot(xs, ys, color=style.colour, linestyle=style.dashes, linewidth=style.width, gid=id_of("line", arm))
             axis.plot(xs[-1:], ys[-1:], color=style.colour, marker="o", markersize=4)
             ends.append((xs[-1], ys[-1], arm, style))
     axis.set_xscale("log")
     plain_numbers(axis.xaxis)
-    axis.set_xlabel("downloaded by all clients so far, MB (log)")
+    axis.set_xlabel("downloaded by all clients so far, MiB (log)")
     axis.set_ylabel("test accuracy, %")
     label_ends(axis, ends)
     caption = "What accuracy costs on the wire: mean over seeds, one point an evaluation; up and to the left is better."
@@ -269,10 +281,9 @@ def _curves(
         if xs:
             single = {"marker": marker or "o", "markersize": 4} if marker or len(xs) == 1 else {}
             ys = [means[x] for x in xs]
-            axis.plot(
-                xs, ys, color=style.colour, linestyle=style.dashes, linewidth=style.width, gid=f"line-{arm}", **single
-            )
-            if len(finished) > 1:
+            drawn = {"color": style.colour, "linestyle": style.dashes, "linewidth": style.width}
+            axis.plot(xs, ys, gid=id_of("line", arm), **drawn, **single)
+            if len(finished) > 1 and material.has_bands:
                 low = [min(found[x] for found in finished if x in found) for x in xs]
                 high = [max(found[x] for found in finished if x in found) for x in xs]
                 axis.fill_between(xs, low, high, color=style.colour, alpha=0.16, linewidth=0)
@@ -288,11 +299,11 @@ def _curves(
                     color=style.colour,
                     linestyle=style.dashes,
                     linewidth=0.9,
-                    gid=f"lost-{arm}",
+                    gid=id_of("lost", arm, run.key.seed),
                 )
                 axis.plot(xs[-1:], [found[xs[-1]]], color=style.colour, marker="x", markersize=6, markeredgewidth=1.6)
         if lost and not finished and (found := curve(lost[0])):
-            ends.append((max(found), found[max(found)], f"{arm} (diverged)", style))
+            ends.append((max(found), found[max(found)], f"{arm} ({lost[0].status.partition(':')[0]})", style))
     return ends
 
 
@@ -307,9 +318,12 @@ def _stack(axis: Any, material: Material, arm: str) -> None:
     if not shares:
         return
     bands = sorted(shares)
+    # The same indices have the same colour in every panel, whatever the levels of an arm are.
+    highest = max(run.global_rank for of_arm in material.runs.values() for run in of_arm)
     rounds = sorted(set.intersection(*(set(shares[band]) for band in bands)))
     heights = [[fmean(shares[band][number]) for number in rounds] for band in bands]
-    tones = [0.12 + 0.8 * index / max(1, len(bands) - 1) for index in range(len(bands))]
+    places = [math.log2(high) / max(1.0, math.log2(highest)) for _, high in bands]
+    tones = [_LOWEST_TONE + (1 - 2 * _LOWEST_TONE) * place for place in places]
     colours = [colormaps["viridis"](tone) for tone in tones]
     axis.stackplot(rounds, heights, colors=colours, linewidth=0)
     whole_rounds(axis, material.last_round)
@@ -331,6 +345,10 @@ def _stack(axis: Any, material: Material, arm: str) -> None:
                 color=ink,
             )
         floor += height[-1]
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _rank_agnostic(material: Material) -> tuple[str, ...]:

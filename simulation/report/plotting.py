@@ -25,6 +25,7 @@ _REFERENCE_DASHES: tuple[Any, ...] = ((0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (8, 
 
 _FONT_SIZE = 9.0
 _DOTS_PER_INCH = 160
+_LEFT_HALF = 0.5  # of the axis' width
 _LABEL_GAP = 0.058  # of the axis' height: two labels closer than this overlap
 
 
@@ -92,25 +93,37 @@ def plain_numbers(axis: Any) -> None:
 
 
 def label_ends(axis: Any, ends: Sequence[tuple[float, float, str, Style]]) -> None:
-    """Writes each line's name where it ends, (x, y, name, style), moved apart where two would overlap."""
-    if not ends:
-        return
-    heights = [float(axis.transAxes.inverted().transform(axis.transData.transform((x, y)))[1]) for x, y, _, _ in ends]
-    for index, height in zip(
-        order := sorted(range(len(ends)), key=heights.__getitem__), _apart([heights[i] for i in order]), strict=True
-    ):
+    """Writes each line's name where it ends, (x, y, name, style), moved apart where two would overlap.
+
+    What ends in the left half is named there: a leader across the picture would look like a line of its own.
+    """
+    places = [axis.transAxes.inverted().transform(axis.transData.transform((x, y))) for x, y, _, _ in ends]
+    for (x, y, name, _), place in zip(ends, places, strict=True):
+        if place[0] < _LEFT_HALF:
+            offset = {"xytext": (7, 0), "textcoords": "offset points"}
+            axis.annotate(name, (x, y), va="center", color=INK, fontsize=_FONT_SIZE - 0.5, **offset)
+    at_edge = sorted((float(place[1]), index) for index, place in enumerate(places) if place[0] >= _LEFT_HALF)
+    for (_, index), height in zip(at_edge, _apart([height for height, _ in at_edge]), strict=True):
         x, y, name, style = ends[index]
+        # From the middle of the name's left edge; a leader from its centre would run through the name.
+        leader = {"arrowstyle": "-", "color": style.colour, "linewidth": 0.6, "linestyle": ":", "relpos": (0.0, 0.5)}
         axis.annotate(
             name,
             (x, y),
-            xytext=(1.02, height),
+            xytext=(1.03, height),
             textcoords="axes fraction",
             va="center",
             color=INK,
             fontsize=_FONT_SIZE - 0.5,
-            arrowprops={"arrowstyle": "-", "color": style.colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 0},
+            arrowprops={**leader, "shrinkA": 1, "shrinkB": 2},
             annotation_clip=False,
         )
+
+
+def id_of(kind: str, arm: str, seed: int | None = None) -> str:
+    """Names a line in its picture: as an id must be, without blanks, and no other line's."""
+    name = f"{kind}-{arm.replace(' ', ':')}"  # no arm's name has a colon
+    return name if seed is None else f"{name}:{seed}"
 
 
 def svg_of(picture: Picture) -> str:

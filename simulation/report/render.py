@@ -6,25 +6,32 @@ light or dark setting; the pictures follow the page.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from statistics import fmean
 
 from simulation.experiment import ExperimentConfig
+from simulation.population import rank_counts
 from simulation.report.figures import draw_all
-from simulation.report.findings import best_and_worst, findings_of
+from simulation.report.findings import Finding, best_and_worst, findings_of
 from simulation.report.page import STYLE
 from simulation.report.plotting import inline_svg
-from simulation.report.summary import ArmSummary, Spread, default_baseline, differences, summarise
-from simulation.report.tables import decimals, mega, points, share, signed_points, spread_text
+from simulation.report.stages import Group, Stage, cpu_variant, stages_of
+from simulation.report.summary import ArmSummary, Spread, differences, rivals_of
+from simulation.report.tables import decimals, mebi, points, runs_text, share, signed_points, spread_text
 from simulation.results import Results
-from simulation.schedule import BEST, SAME, TUNING, Choice
+from simulation.schedule import BEST, FINISHED, TUNING, Choice
 
-_STAGE_TITLES = {
-    SAME: "Everybody at the experiment's own learning rate",
-    BEST: "Everybody at the rate that was best for it",
-}
+_NAMED_MISSING = 5  # runs; the others are counted
+
+_GLOSSARY = (
+    "<p>Arm: one thing that is compared, a method with its settings. Reference: an arm all of whose clients have one "
+    "rank. Slice: the part of the global adapter that a client of a smaller rank receives. Own ranks: the mean over "
+    "all clients of the accuracy of the slice that each receives. Energy: the squared singular values of the global "
+    "update; rho is its share within the smallest rank, and the effective rank the number of equal directions that "
+    "would be as spread out. Down, up: what all clients together receive and send in a run.</p>"
+)
 
 
 @dataclass(frozen=True)
@@ -39,21 +46,10 @@ class Report:
     missing: tuple[str, ...] = ()  # runs that have not been carried out, in words
 
 
-@dataclass(frozen=True)
-class _Stage:
-    name: str
-    summaries: tuple[ArmSummary, ...]
-    baseline: str
-
-    @property
-    def title(self) -> str:
-        return _STAGE_TITLES[self.name]
-
-
 def render(report: Report) -> str:
     """The whole file. Raises ConfigError without matplotlib."""
     arms = [arm.name for arm in report.experiment.arms]
-    stages = _stages(report, arms)
+    stages = stages_of(report.results, report.experiment, report.baseline)
     sections = [_findings_section(report, stages)]
     sections += [_stage_section(report, stage, arms) for stage in stages]
     if report.choices:
@@ -70,19 +66,7 @@ def render(report: Report) -> str:
     )
 
 
-def _stages(report: Report, arms: Sequence[str]) -> tuple[_Stage, ...]:
-    summaries = summarise(report.results, arms)
-    found = []
-    for name in (SAME, BEST):
-        of_stage = tuple(each for each in summaries if each.stage == name)
-        if of_stage:
-            known = [each.arm for each in of_stage]
-            baseline = report.baseline if report.baseline in known else default_baseline(of_stage)
-            found.append(_Stage(name, of_stage, baseline))
-    return tuple(found)
-
-
-def _contents(report: Report, stages: Sequence[_Stage]) -> Iterable[tuple[str, str]]:
+def _contents(report: Report, stages: Sequence[Stage]) -> Iterable[tuple[str, str]]:
     yield "findings", "When not to use it"
     for stage in stages:
         yield stage.name, stage.title
@@ -91,28 +75,39 @@ def _contents(report: Report, stages: Sequence[_Stage]) -> Iterable[tuple[str, s
     yield "settings", "Settings"
 
 
-def _header(report: Report, stages: Sequence[_Stage]) -> str:
+def _header(report: Report, stages: Sequence[Stage]) -> str:
     experiment = report.experiment
     clients = experiment.clients
-    ranks = ", ".join(map(str, clients.ranks))
+    counts = rank_counts(clients.ranks, clients.rank_weights, clients.count)
+    ranks = ", ".join(f"{count} of rank {rank}" for rank, count in zip(clients.ranks, counts, strict=True))
     finished = sum(each.finished for stage in stages for each in stage.summaries)
-    diverged = sum(len(each.diverged) for stage in stages for each in stage.summaries)
+    lost = sum(len(each.lost) for stage in stages for each in stage.summaries)
     facts = [
-        f"{clients.count} clients of ranks {ranks}",
+        f"{clients.count} clients: {ranks}",
         f"{clients.per_round} in a round",
         f"{experiment.rounds.num_rounds} rounds",
         f"{len(experiment.arms)} arms",
         f"seeds {', '.join(map(str, experiment.seeds))}",
-        f"{finished} finished runs" + (f", {diverged} that did not" if diverged else ""),
+        f"{finished} finished runs" + (f", {lost} that did not" if lost else ""),
     ]
     lines = [f"<h1>{escape(experiment.name)}</h1>", f'<p class="facts">{escape(" · ".join(facts))}</p>']
     if experiment.description:
         lines.insert(1, "".join(f'<p class="lead">{_prose(part)}</p>' for part in experiment.description.split("\n\n")))
+    if variant := cpu_variant(experiment):
+        lines.append(f'<p class="warning">Run without a GPU, as its small variant: {escape(variant)}.</p>')
     if report.missing:
-        missing = "; ".join(report.missing)
-        lines.append(f'<p class="warning">Not everything has been run: {escape(missing)}.</p>')
+        lines.append(f'<p class="warning">{escape(_missing(report.missing))}</p>')
+    if not stages:
+        lines.append('<p class="warning">Only tuning runs are finished: there is nothing to compare yet.</p>')
     lines += [_leaders(stage) for stage in stages]
     return "\n".join(lines)
+
+
+def _missing(names: Sequence[str]) -> str:
+    named = "; ".join(names[:_NAMED_MISSING])
+    more = len(names) - _NAMED_MISSING
+    runs = "1 run is" if len(names) == 1 else f"{len(names)} runs are"
+    return f"Not everything has been run: {runs} missing: {named}" + (f"; and {more} more." if more > 0 else ".")
 
 
 def _prose(text: str) -> str:
@@ -120,11 +115,18 @@ def _prose(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(" ".join(text.split())))
 
 
-def _leaders(stage: _Stage) -> str:
+def _leaders(stage: Stage) -> str:
+    if len(stage.groups) != 1:
+        return ""  # who leads among arms of other settings says nothing
     found = best_and_worst(stage.summaries)
     if not found:
         return ""
-    words = {"accuracy": "most accurate", "effective rank": "highest effective rank", "download": "least download"}
+    words = {
+        "accuracy": "most accurate",
+        "own ranks": "most accurate at the clients' own ranks",
+        "effective rank": "highest effective rank",
+        "download": "least download",
+    }
     cards = "".join(
         f"<div><dt>{words[kind]}</dt><dd>{escape(best)}</dd><dd class='worst'>last: {escape(worst)}</dd></div>"
         for kind, (best, worst) in found.items()
@@ -132,22 +134,30 @@ def _leaders(stage: _Stage) -> str:
     return f'<p class="facts">{escape(stage.title)}, among arms of mixed ranks:</p><dl class="leaders">{cards}</dl>'
 
 
-def _findings_section(report: Report, stages: Sequence[_Stage]) -> str:
+def _findings_section(report: Report, stages: Sequence[Stage]) -> str:
     parts = [
         '<section id="findings"><h2>When not to use it: what this run shows against raFLoRA, and for it</h2>',
-        "<p>Computed from this run's rows. “Not told apart” means within two standard errors over the seeds; "
-        "the test sample's own error comes on top.</p>",
+        "<p>Computed from this run's rows; only arms of equal settings are compared. “Not told apart” means that "
+        "Student's 95 % interval of the differences, paired by seed, holds zero, or that there are fewer than three "
+        "seeds; nothing is corrected for the number of comparisons, and the test sample's own error comes on top.</p>",
+        f"<details><summary>The words</summary>{_GLOSSARY}</details>",
     ]
     for stage in stages:
-        choices = report.choices if stage.name == BEST else ()
-        found = findings_of(stage.summaries, choices)
+        found = findings_of(stage.summaries, report.choices if stage.name == BEST else ())
         if len(stages) > 1:
             parts.append(f"<h3>{escape(stage.title)}</h3>")
-        against = [each.sentence for each in found if each.is_against]
-        others = [each.sentence for each in found if not each.is_against]
-        parts.append(_list(against, "against") if against else "<p>Nothing in these rows speaks against it.</p>")
-        parts.append(_list(others, "for"))
+        shown = [each for each in found if not each.is_detail]
+        parts.append(_sentences(shown) if shown else "<p>Nothing in these rows speaks against it, or for it.</p>")
+        details = [each for each in found if each.is_detail]
+        if details:
+            parts.append(f"<details><summary>{len(details)} more, arm by arm</summary>{_sentences(details)}</details>")
     return "\n".join(parts) + "</section>\n"
+
+
+def _sentences(found: Sequence[Finding]) -> str:
+    return _list([each.sentence for each in found if each.is_against], "against") + _list(
+        [each.sentence for each in found if not each.is_against], "for"
+    )
 
 
 def _list(sentences: Sequence[str], kind: str) -> str:
@@ -156,9 +166,13 @@ def _list(sentences: Sequence[str], kind: str) -> str:
     return f'<ul class="{kind}">' + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
-def _stage_section(report: Report, stage: _Stage, arms: Sequence[str]) -> str:
+def _stage_section(report: Report, stage: Stage, arms: Sequence[str]) -> str:
     parts = [f'<section id="{stage.name}"><h2>{escape(stage.title)}</h2>']
-    parts += [_accuracy_table(stage), _energy_table(stage), _rank_table(stage)]
+    for group in stage.groups:
+        if len(stage.groups) > 1:
+            parts.append(f"<h3>{escape(group.title)}</h3>")
+        parts.append(_accuracy_table(group))
+    parts += [_energy_table(stage), _rank_table(stage)]
     for picture in draw_all(report.results.of_stage(stage.name), arms):
         drawn = inline_svg(picture, f"{stage.name}-{picture.name}")
         caption = f"<figcaption><b>{escape(picture.title)}.</b> {escape(picture.caption)}</figcaption>"
@@ -166,13 +180,12 @@ def _stage_section(report: Report, stage: _Stage, arms: Sequence[str]) -> str:
     return "\n".join(parts) + "</section>\n"
 
 
-def _accuracy_table(stage: _Stage) -> str:
-    gaps = {each.arm: each for each in differences(stage.summaries, stage.baseline)}
-    rivals = [each for each in stage.summaries if not each.is_reference and each.accuracy.n]
-    ordered = sorted(rivals, key=lambda each: each.accuracy.mean)
-    marks = {ordered[0].arm: "worst", ordered[-1].arm: "best"} if len(ordered) > 1 else {}
+def _accuracy_table(group: Group) -> str:
+    gaps = {each.arm: each for each in differences(group.summaries, group.baseline)}
+    marks = _marks({each.arm: each.accuracy.mean for each in rivals_of(group.summaries)})
+    own_marks = _marks({each.arm: each.own_ranks.mean for each in rivals_of(group.summaries) if each.own_ranks.n})
     rows: list[list[str | _Cell]] = []
-    for each in stage.summaries:
+    for each in group.summaries:
         gap = gaps.get(each.arm)
         won = f"{gap.wins} of {gap.difference.n}" if gap and gap.difference.n else ""
         rows.append(
@@ -182,28 +195,33 @@ def _accuracy_table(stage: _Stage) -> str:
                 _Cell(spread_text(each.accuracy, points), marks.get(each.arm, "")),
                 spread_text(gap.difference, signed_points) if gap else "baseline",
                 won,
-                mega(each.download_bytes),
-                mega(each.upload_bytes),
+                _Cell(spread_text(each.own_ranks, points), own_marks.get(each.arm, "")),
+                spread_text(gap.at_own_ranks, signed_points) if gap else "baseline",
+                mebi(each.download_bytes),
+                mebi(each.upload_bytes),
                 decimals(each.seconds, 1),
-                _status(each),
+                runs_text(each),
             ]
         )
     head = [
         "arm",
         "rate",
         "accuracy, %",
-        f"points over {stage.baseline}",
+        f"points over {group.baseline}",
         "seeds above",
-        "down, MB",
-        "up, MB",
-        "s a run",
+        "own ranks, %",
+        f"points over {group.baseline}",
+        "down, MiB",
+        "up, MiB",
+        "seconds a run",
     ]
-    caption = "Test accuracy at the arm's full rank after the last round: mean ± standard deviation over (n) seeds. "
-    caption += "Differences are paired by seed. Traffic is of all clients over all rounds."
+    caption = "Test accuracy after the last round, at the arm's full rank and at the clients' own ranks: the mean over "
+    caption += "all clients of the accuracy of the slice that each receives. Mean ± standard deviation over (n) seeds; "
+    caption += "differences are paired by seed. Traffic is of all clients over all rounds."
     return _table(caption, [*head, "finished"], rows)
 
 
-def _energy_table(stage: _Stage) -> str:
+def _energy_table(stage: Stage) -> str:
     rounds = sorted({number for each in stage.summaries for number in each.energy_above})
     rows = [
         [
@@ -221,27 +239,47 @@ def _energy_table(stage: _Stage) -> str:
     return _table(caption, head, rows)
 
 
-def _rank_table(stage: _Stage) -> str:
+def _rank_table(stage: Stage) -> str:
     ranks = sorted({rank for each in stage.summaries for rank in each.accuracy_at_rank})
     if len(ranks) < 2:
         return ""
-    best: dict[int, float] = {}
-    for each in stage.summaries:
-        for rank, spread in each.accuracy_at_rank.items():
-            if not each.is_reference and spread.n:
-                best[rank] = max(best.get(rank, 0.0), spread.mean)
+    marks = {
+        (arm, rank): mark
+        for group in stage.groups
+        for rank in ranks
+        for arm, mark in _marks(
+            {each.arm: each.accuracy_at_rank[rank].mean for each in rivals_of(group.summaries) if rank in _ranks(each)}
+        ).items()
+        if mark == "best"
+    }
     rows: list[list[str | _Cell]] = [
-        [_arm(each), *(_at_rank(each.accuracy_at_rank.get(rank), best.get(rank)) for rank in ranks)]
+        [_arm(each), *(_at_rank(each.accuracy_at_rank.get(rank), marks.get((each.arm, rank), "")) for rank in ranks)]
         for each in stage.summaries
     ]
-    caption = "Test accuracy, %, of the slice that a client of each rank receives after the last round."
+    caption = (
+        "Test accuracy, %, of the slice that a client of each rank receives after the last round. Methods that put "
+    )
+    caption += "what is learned into the base model (flora, fedex-lora) show nearly the same at every rank."
     return _table(caption, ["arm", *(f"rank {rank}" for rank in ranks)], rows)
 
 
-def _at_rank(spread: Spread | None, best: float | None) -> "_Cell":
-    if spread is None:
-        return _Cell("")
-    return _Cell(spread_text(spread, points), "best" if spread.n and spread.mean == best else "")
+def _marks(values: Mapping[str, float]) -> Mapping[str, str]:
+    """Which arm is best and which worst; nobody where the first two, or the last two, are equal."""
+    ordered = sorted(values, key=values.__getitem__)
+    found = {}
+    if len(ordered) > 1 and values[ordered[0]] < values[ordered[1]]:
+        found[ordered[0]] = "worst"
+    if len(ordered) > 1 and values[ordered[-1]] > values[ordered[-2]]:
+        found[ordered[-1]] = "best"
+    return found
+
+
+def _ranks(summary: ArmSummary) -> tuple[int, ...]:
+    return tuple(rank for rank, spread in summary.accuracy_at_rank.items() if spread.n)
+
+
+def _at_rank(spread: Spread | None, mark: str) -> "_Cell":
+    return _Cell("") if spread is None else _Cell(spread_text(spread, points), mark)
 
 
 def _tuning_section(report: Report) -> str:
@@ -272,16 +310,20 @@ def _grid_table(report: Report) -> str:
     found: dict[tuple[str, float, str], dict[int, float]] = {}
     for row in sorted(report.results.accuracy, key=lambda row: row.round):
         run = runs.get(row.key)
-        if run and row.split == "validation" and row.rank == run.global_rank:
+        if run and row.split == "validation" and row.rank == run.global_rank and row.round == run.rounds:
             at = (row.key.arm, row.key.learning_rate, row.key.decay)
             found.setdefault(at, {})[row.key.seed] = row.accuracy
-    lost = {(key.arm, key.learning_rate, key.decay) for key, run in runs.items() if run.status != "finished"}
+    lost = {
+        (key.arm, key.learning_rate, key.decay): run.status.partition(":")[0]
+        for key, run in runs.items()
+        if run.status != FINISHED
+    }
     grid = [(rate, decay) for decay in tuning.decays for rate in tuning.learning_rates]
 
     def cell(arm: str, rate: float, decay: str) -> str:
         at = (arm, rate, decay)
         reached = points(fmean(found[at].values())) if at in found else ""
-        return f"diverged {reached}".strip() if at in lost else reached
+        return f"{lost[at]} {reached}".strip() if at in lost else reached
 
     rows = [[arm.name, *(cell(arm.name, *at) for at in grid)] for arm in report.experiment.arms]
     return _table("Validation accuracy, %, over the whole grid.", ["arm", *(f"{r:g} {d}" for r, d in grid)], rows)
@@ -293,8 +335,8 @@ def _settings_section(report: Report) -> str:
     settings = json.dumps(dumped, indent=2)
     return (
         '<section id="settings"><h2>Settings</h2>'
-        "<p>The numbers behind every table and picture: runs.csv, rounds.csv, partitions.csv and accuracy.csv, "
-        "beside this file.</p>"
+        "<p>The numbers behind every table and picture: runs.csv, rounds.csv, partitions.csv and accuracy.csv "
+        "in the folder of the results.</p>"
         f"<details><summary>Everything that differs from the defaults</summary><pre>{escape(settings)}</pre></details>"
         "</section>\n"
     )
@@ -328,9 +370,3 @@ def _data(cell: _Cell) -> str:
 
 def _arm(summary: ArmSummary) -> str:
     return f"{summary.arm} (reference)" if summary.is_reference else summary.arm
-
-
-def _status(summary: ArmSummary) -> str:
-    if not summary.diverged:
-        return f"{summary.finished}"
-    return f"{summary.finished}, {len(summary.diverged)} diverged"

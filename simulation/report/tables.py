@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable
 
-from simulation.report.summary import Spread
+from simulation.report.summary import ArmSummary, Spread
 
-_MEGA = 1e6
+MEBI = 1 << 20
 
 
 def spread_text(spread: Spread, text_of: Callable[[float], str]) -> str:
@@ -41,9 +41,18 @@ def decimals(value: float, places: int) -> str:
     return f"{value:.{places}f}" if math.isfinite(value) else ""
 
 
-def mega(size_bytes: float) -> str:
-    """Bytes as MB with three significant digits: 12_345_678 -> "12.3"."""
+def mebi(size_bytes: float) -> str:
+    """Bytes as MiB with three significant digits: 12_345_678 -> "11.8"."""
     if not math.isfinite(size_bytes):
         return ""
-    size = size_bytes / _MEGA
+    size = size_bytes / MEBI
     return f"{size:.0f}" if size >= 100 else f"{size:.3g}"
+
+
+def runs_text(summary: ArmSummary) -> str:
+    """ "2, 1 diverged": how many runs finished, and what became of the others."""
+    stopped = len(summary.lost) - summary.diverged
+    parts = [str(summary.finished)]
+    parts += [f"{summary.diverged} diverged"] if summary.diverged else []
+    parts += [f"{stopped} stopped"] if stopped else []
+    return ", ".join(parts)

@@ -68,10 +68,10 @@ def test_an_experiment_from_its_file_to_its_page(
     assert main([*arguments, "--format", "json"]) == 1
     printed = capsys.readouterr()
     told = json.loads(printed.out)
-    assert [failure["run"] for failure in told["failures"]] == [
+    assert {failure["run"] for failure in told["failures"]} == {
         "too many clients, seed 0",
         "too many clients, seed 100, rate 0.004 linear (tuning)",
-    ]
+    }
     assert "too many clients, seed 0: failed: " in printed.err
     results = read_results(out)
     assert {run.key.stage for run in results.runs} == {"same", "tuning", "best"}
@@ -80,11 +80,18 @@ def test_an_experiment_from_its_file_to_its_page(
     same, best = results.of_stage("same"), results.of_stage("best")
     assert [row.accuracy for row in same.accuracy] == [row.accuracy for row in best.accuracy]
     assert {row.split for row in same.accuracy} == {"test"}
+    # Comparing tries what failed anew, shows the rest, and ends as a failure.
+    again = ["compare", str(settings), "--results", str(out), "--cache", str(tmp_path / "cache")]
+    assert main(again) == 1
+    assert "2 runs failed" in capsys.readouterr().out
+    assert (out / "report.html").is_file()
     # The same command again runs nothing of what is finished.
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/raflora*/finished")}
     assert main([*arguments, "--arms", "raflora"]) == 0
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/raflora*/finished")} == before
-    assert "2 runs, 2 of them finished before" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "2 runs, 2 of them finished before" in shown
+    assert "will hold this selection alone" in shown
 
     assert main(["compare", str(out)]) == 0
     shown = capsys.readouterr().out
@@ -108,8 +115,15 @@ def test_data_that_is_not_there_is_a_sentence(
     settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["simulate", str(settings), "--out", str(tmp_path / "out"), "--set", "data.train=nowhere.jsonl"]
-    assert main([*arguments, "--set", 'data.labels=["a", "b"]']) == 1
+    assert main([*arguments, "--set", 'data.labels=["a", "b"]']) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def _players_of(pid: int) -> list[int]:
+    """The processes that play runs; multiprocessing has one more of its own, which ends after its parent."""
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def test_ctrl_c_ends_at_once_and_says_how_to_go_on(settings: Path, tmp_path: Path) -> None:
@@ -130,8 +144,11 @@ def test_ctrl_c_ends_at_once_and_says_how_to_go_on(settings: Path, tmp_path: Pat
                 process.wait(0.2)
             except subprocess.TimeoutExpired:
                 continue
+        children = _players_of(process.pid)
+        assert children
         process.send_signal(signal.SIGINT)
         printed, complaint = process.communicate(timeout=60)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
     assert process.returncode == 130, complaint
     assert "the same command again goes on from there" in printed
     assert "Traceback" not in complaint

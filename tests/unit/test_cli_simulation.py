@@ -2,20 +2,22 @@
 
 import io
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from simulated_rows import an_experiment, key, run_row
+from simulated_rows import a_run, an_experiment, key, run_row
 
-from cli.experiments import Wanted, built_in_names, choose, number_of_runs, rough_seconds
+from cli.experiments import Wanted, built_in_names, check_files, choose, jobs_for, number_of_runs, rough_seconds
 from cli.main import main
 from cli.simulation_screen import SimulationScreen
 from cli.simulation_tables import findings_screen, outcome_json, outcome_screen
 from common.errors import ConfigError
 from simulation.experiment import ExperimentConfig
+from simulation.results import Results
 from simulation.run import Progress
 from simulation.runner import Outcome
 from simulation.schedule import first_plans
@@ -51,8 +53,8 @@ def settings(tmp_path: Path) -> str:
     return str(path)
 
 
-def printed(*renderables: object) -> str:
-    console = Console(file=io.StringIO(), width=160)
+def printed(*renderables: object, width: int = 160) -> str:
+    console = Console(file=io.StringIO(), width=width)
     for each in renderables:
         console.print(each)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -184,12 +186,106 @@ def test_the_outcome_is_a_table_and_the_same_as_json(settings: str) -> None:
     shown = printed(outcome_screen(experiment, outcome), findings_screen(experiment, outcome))
     assert "86.8 ± 0.4 (3)" in shown
     assert "+8.3 ± 0.8 (3)" in shown
-    assert "! flora is above raflora by 0.5 points" in shown
+    assert "! Above raflora: flora (+0.5 points)." in shown
     found = outcome_json(experiment, outcome)
     (stage,) = found["stages"]
-    assert stage["baseline"] == "flexlora"
+    (group,) = stage["groups"]
+    assert group["baseline"] == "flexlora"
     assert stage["arms"][0]["accuracy"]["mean"] == pytest.approx(0.868)
     assert found["missing"] == []
+
+
+def test_at_80_columns_names_and_numbers_stay_whole() -> None:
+    experiment = choose("when-not").config
+    results = Results()
+    for seed in range(3):
+        for arm in experiment.arms:
+            results += a_run(key(arm.name, seed), 0.123, method=arm.method)
+    lines = printed(outcome_screen(experiment, Outcome(results, (), ())), width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    for arm in experiment.arms:
+        (row,) = [line for line in lines if line.startswith(f"{arm.name}  ")]
+        assert "12.3 ± 0.0 (3)" in row
+        assert row.rstrip().endswith(" 3")
+    assert any(line.startswith("no room for: effective rank") for line in lines)
+    # Arms of one setting stand together, under it.
+    assert "Arms with training.batch_size = 2" in lines
+
+
+def test_a_wide_terminal_shows_everything(settings: str) -> None:
+    shown = printed(outcome_screen(choose(settings).config, Outcome(an_experiment(), (), ())), width=200)
+    assert "no room for" not in shown
+    assert "KiB" in shown
+
+
+def test_only_tuning_rows_are_no_comparison_yet(settings: str) -> None:
+    experiment = choose(settings).config
+    outcome = Outcome(a_run(key("raflora", stage="tuning"), 0.5), (), ())
+    assert "Only tuning runs are finished" in printed(outcome_screen(experiment, outcome))
+    assert not printed(findings_screen(experiment, outcome)).strip()
+    assert outcome_json(experiment, outcome)["stages"] == []
+
+
+def test_a_screen_shows_a_dozen_findings_at_most() -> None:
+    experiment = choose("methods").config
+    results = Results()
+    for seed in range(3):
+        for index, arm in enumerate(experiment.arms):
+            reached = 0.5 + index / 100 + seed * (index % 3) / 200
+            results += a_run(key(arm.name, seed), reached, method=arm.method)
+    lines = printed(findings_screen(experiment, Outcome(results, (), ())), width=10_000).splitlines()
+    assert len(lines) <= 2 + 12 + 1
+    assert "more on the page" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seeds": "[0, 0]"}, "seeds: 0 is named twice"),
+        ({"tuning.learning_rates": "[0.1]", "tuning.seeds": "[1]"}, "seed 1 is both in seeds and in tuning.seeds"),
+        ({"tuning.learning_rates": "[0.1, 0.1]"}, r"tuning\.learning_rates: 0\.1 is named twice"),
+        ({"tuning.learning_rates": "[0.1]", "data.validation": "0.0"}, r"set data\.validation above 0"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused_at_once(settings: str, changes: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        choose(settings, Wanted(overrides=tuple(f"{name}={value}" for name, value in changes.items())))
+
+
+@pytest.mark.parametrize("line", ['method = "nothing"', "kappa = 2.0"])
+def test_an_arm_whose_method_cannot_be_made_is_refused_at_once(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text(f'{SETTINGS}[[arms]]\nname = "third"\n{line}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="arm 'third': "):
+        choose(str(path))
+
+
+def test_data_that_is_not_there_is_said_before_anything_runs(settings: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--data .*nowhere: there is no such folder"):
+        choose(settings, Wanted(data=tmp_path / "nowhere"))
+    chosen = choose("rank-collapse", Wanted(data=tmp_path))
+    with pytest.raises(ConfigError, match=r"train\.jsonl.* name the folder with --data"):
+        check_files(chosen)
+
+
+def test_the_environment_wins_over_the_variant_for_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "big.toml"
+    path.write_text(f'without_gpu = {{"rounds.num_rounds" = 2}}\n{SETTINGS}', encoding="utf-8")
+    monkeypatch.setenv("RAFLORA__ROUNDS__NUM_ROUNDS", "9")
+    assert choose(str(path)).on_cpu.config.rounds.num_rounds == 9
+
+
+def test_one_process_a_core_and_none_without_a_run(settings: str) -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert jobs_for(choose("methods").config) == cores
+    assert jobs_for(choose(settings, Wanted((0,), ("raflora",))).config) == 1
+
+
+def test_a_results_folder_takes_no_options_of_a_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    for option in (["--jobs", "2"], ["--data", str(tmp_path)], ["--cache", "x"], ["--results", "y"], ["--seeds", "1"]):
+        assert main(["compare", str(tmp_path), *option]) == 2
+        assert "are for what is to be simulated" in capsys.readouterr().err
 
 
 def test_json_says_null_for_what_was_not_measured(settings: str) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -85,10 +86,36 @@ def test_a_line_is_the_mean_over_seeds() -> None:
     assert line.get_ydata()[-1] == pytest.approx(70.0)
 
 
+def test_an_accuracy_of_an_earlier_round_is_not_drawn_as_the_last() -> None:
+    found = a_run(key("raflora"), 0.8)
+    earlier = replace(found, accuracy=tuple(row for row in found.accuracy if row.round < 3))
+    (axis,) = pictures_of(earlier)["accuracy-ranks"].figure.axes
+    assert not axis.lines
+
+
+def test_more_than_six_arms_are_drawn_without_bands() -> None:
+    def bands(arms: int) -> int:
+        results = Results()
+        for number in range(arms):
+            results += a_run(key(f"arm {number}"), 0.5) + a_run(key(f"arm {number}", 1), 0.6)
+        (axis,) = pictures_of(results)["accuracy"].figure.axes
+        return len(axis.collections)
+
+    assert bands(6) == 6
+    assert bands(7) == 0
+
+
+def test_the_caption_names_every_smallest_rank() -> None:
+    results = a_run(key("raflora"), 0.8) + a_run(key("low"), 0.8)
+    lower = replace(results, runs=(results.runs[0], replace(results.runs[1], smallest_rank=2)))
+    assert "above rank 4," in pictures_of(results)["energy-above"].caption
+    assert "above each arm's own smallest rank (2, 4)," in pictures_of(lower)["energy-above"].caption
+
+
 def test_a_diverged_run_is_drawn_apart_and_named() -> None:
     lost = a_run(key("hot"), 0.5, status="diverged: not finite")
     picture = pictures_of(an_experiment() + lost)["norm"]
-    assert "lost-hot" in ids_in(svg_of(picture))
+    assert "lost-hot:0" in ids_in(svg_of(picture))
     assert "hot (diverged)" in texts_in(picture)
     assert "hot" not in lines_in(picture)
 

@@ -88,6 +88,51 @@ def test_the_page_fetches_nothing_and_runs_nothing(text: str) -> None:
     assert "https:" not in text
 
 
+def test_ids_are_there_once_also_with_several_lost_runs_and_names_with_blanks() -> None:
+    results = an_experiment()
+    for seed in range(3):
+        results += a_run(key("too hot", seed), 0.1, method="flexlora", status="diverged: not finite")
+        results += a_run(key("too", seed), 0.1, method="flexlora", status="diverged: not finite")
+    page = Page(render(Report(experiment(), results)))
+    assert len(page.ids) == len(set(page.ids))
+    assert not any(" " in each for each in page.ids)
+    assert "0, 3 diverged" in page.words
+
+
+def test_only_tuning_rows_are_a_page_that_says_so() -> None:
+    text = render(Report(experiment(), a_run(key("raflora", stage="tuning"), 0.5)))
+    assert "Only tuning runs are finished" in text
+    assert Page(text).open == []
+
+
+def test_many_missing_runs_are_counted() -> None:
+    missing = tuple(f"raflora, seed {seed}" for seed in range(9))
+    text = render(Report(experiment(), an_experiment(), missing=missing))
+    assert "9 runs are missing: raflora, seed 0; " in text
+    assert "raflora, seed 4; and 4 more." in text
+    assert "raflora, seed 5" not in text
+
+
+def test_arms_of_equal_settings_have_a_table_of_their_own() -> None:
+    one_shot = {"set": {"rounds.num_rounds": 1}}
+    arms = [{"name": "raflora"}, {"name": "flexlora", "method": "flexlora"}]
+    arms += [{"name": "once", **one_shot}, {"name": "once flexlora", "method": "flexlora", **one_shot}]
+    results = an_experiment()
+    for seed in range(3):
+        results += a_run(key("once", seed), 0.95, method="raflora", rounds=1)
+        results += a_run(key("once flexlora", seed), 0.6, method="flexlora", rounds=1)
+    text = render(Report(experiment(arms=arms), results))
+    assert "<h3>Arms with rounds.num_rounds = 1</h3>" in text
+    assert "points over once flexlora" in text
+    assert 'class="leaders"' not in text  # nobody leads among arms of other settings
+
+
+def test_the_variant_without_a_gpu_is_announced() -> None:
+    whole = experiment(without_gpu={"rounds.num_rounds": 2})
+    assert "Run without a GPU" not in render(Report(whole, an_experiment()))
+    assert "as its small variant: rounds.num_rounds = 2." in render(Report(whole.on_cpu(), an_experiment()))
+
+
 def test_every_id_is_there_once_and_every_link_meets_one(text: str) -> None:
     page = Page(text)
     assert len(page.ids) == len(set(page.ids))
@@ -104,7 +149,7 @@ def test_the_page_has_the_numbers_of_the_rows(text: str) -> None:
 
 
 def test_what_speaks_against_it_comes_before_the_tables(text: str) -> None:
-    assert text.index("flora is above raflora by 0.5 points") < text.index("<table")
+    assert text.index("Above raflora: flora (+0.5 points)") < text.index("<table")
 
 
 def test_what_settings_say_is_text_and_never_markup(text: str) -> None:
@@ -113,7 +158,7 @@ def test_what_settings_say_is_text_and_never_markup(text: str) -> None:
 
 
 def test_runs_that_are_missing_are_said(text: str) -> None:
-    assert "Not everything has been run: flora, seed 3." in text
+    assert "Not everything has been run: 1 run is missing: flora, seed 3." in text
 
 
 def test_another_baseline_is_compared_with() -> None:

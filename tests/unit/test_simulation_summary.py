@@ -1,20 +1,37 @@
 """Means, spreads and paired differences, on rows that can be checked by hand."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 from simulated_rows import a_run, an_experiment, key
 
+from simulation.experiment import ExperimentConfig
 from simulation.report.findings import best_and_worst, findings_of
-from simulation.report.summary import Spread, default_baseline, differences, is_running_away, spread_of, summarise
-from simulation.report.tables import mega, points, share, signed_points, spread_text
+from simulation.report.stages import cpu_variant, default_baseline, stages_of
+from simulation.report.summary import NOT_MEASURED, Spread, differences, is_running_away, spread_of, summarise
+from simulation.report.tables import mebi, points, runs_text, share, signed_points, spread_text
 from simulation.results import Results
 from simulation.schedule import Choice
 
 
 def summary_of(results: Results, arm: str):
     return next(each for each in summarise(results) if each.arm == arm)
+
+
+def experiment(arms: Mapping[str, Mapping[str, object]], **clients: object) -> ExperimentConfig:
+    return ExperimentConfig.model_validate(
+        {
+            "name": "tiny",
+            "model": {"path": "digits", "task": "image-classification"},
+            "data": {"train": "digits", "test": "digits"},
+            "clients": {"count": 6, "ranks": [4, 8, 16], "per_round": 2} | clients,
+            "rounds": {"num_rounds": 3},
+            "training": {"learning_rate": 0.005},
+            "arms": [{"name": name, **settings} for name, settings in arms.items()],
+        }
+    )
 
 
 def sentences(results: Results, *, against: bool) -> str:
@@ -49,7 +66,7 @@ def test_a_diverged_run_is_counted_and_not_averaged() -> None:
     results = a_run(key("raflora", 0), 0.8) + a_run(key("raflora", 1), 0.1, status="diverged: not finite")
     found = summary_of(results, "raflora")
     assert found.accuracy == Spread(0.8, pytest.approx(math.nan, nan_ok=True), 1)
-    assert found.diverged == ("diverged: not finite",)
+    assert found.lost == ("diverged: not finite",)
 
 
 def test_an_arm_of_one_rank_is_a_reference() -> None:
@@ -59,7 +76,7 @@ def test_an_arm_of_one_rank_is_a_reference() -> None:
 
 
 def test_arms_stand_in_the_order_of_the_experiment() -> None:
-    found = summarise(an_experiment(), ["flora", "raflora"])
+    found = summarise(an_experiment(), experiment({"flora": {"method": "flora"}, "raflora": {}}))
     assert [each.arm for each in found][:2] == ["flora", "raflora"]
 
 
@@ -84,14 +101,18 @@ def test_flexlora_is_the_baseline_where_it_is_there() -> None:
 def test_a_rival_that_is_clearly_above_is_said_first() -> None:
     first = findings_of(summarise(an_experiment()))[0]
     assert first.is_against
-    assert first.sentence == "flora is above raflora by 0.5 points (3 of 3 seeds), for the same download."
+    assert first.sentence == "Above raflora: flora (+0.5 points)."
 
 
 def test_a_better_slice_for_a_small_client_is_said() -> None:
-    results = a_run(key("raflora"), 0.8, rank_gain=0.1) + a_run(key("flexlora"), 0.75, rank_gain=0.0)
-    assert "Clients at rank 4 (75.0 against 60.0 %) and rank 8 (75.0 against 70.0 %) receive" in sentences(
-        results, against=True
-    )
+    results = Results()
+    for seed in range(3):
+        results += a_run(key("raflora", seed), 0.8, rank_gain=0.1) + a_run(key("flexlora", seed), 0.75, rank_gain=0.0)
+    said = sentences(results, against=True)
+    assert "than raflora's: at rank 4 (60.0 %) flexlora (+15.0 points); at rank 8 (70.0 %) flexlora (+5.0" in said
+    # The same gaps in one seed are not clear, and nothing is said.
+    one = a_run(key("raflora"), 0.8, rank_gain=0.1) + a_run(key("flexlora"), 0.75, rank_gain=0.0)
+    assert "at rank 4" not in sentences(one, against=True)
 
 
 def test_divergence_is_said_with_its_reason() -> None:
@@ -129,10 +150,19 @@ def test_a_reference_below_speaks_for_the_higher_ranks() -> None:
 
 
 def test_data_on_which_rank_does_not_matter_are_named() -> None:
-    results = (
-        a_run(key("raflora"), 0.8) + a_run(key("low"), 0.800, levels=(4,)) + a_run(key("high"), 0.802, levels=(16,))
-    )
-    assert "rank hardly matters on this data" in sentences(results, against=True)
+    def said(gap: float, *, spread: float = 0.0, seeds: int = 3) -> str:
+        results = Results()
+        for seed in range(seeds):
+            results += a_run(key("raflora", seed), 0.8) + a_run(key("low", seed), 0.8, levels=(4,))
+            results += a_run(key("high", seed), 0.8 + gap + spread * (seed - 1), levels=(16,))
+        return sentences(results, against=True)
+
+    assert "rank hardly matters on this data" in said(0.002)
+    assert "rank hardly matters on this data" in said(-0.002)
+    assert "rank hardly matters on this data" not in said(0.002, seeds=1)
+    assert "rank hardly matters on this data" not in said(0.002, spread=0.02)  # it might be four points
+    assert "rank hardly matters on this data" not in said(-0.05)
+    assert "Everybody at rank 16 is 5.0 points below everybody at rank 4" in said(-0.05)
 
 
 def test_one_seed_makes_nothing_certain() -> None:
@@ -149,6 +179,13 @@ def test_an_arm_that_diverged_leads_nowhere() -> None:
     assert best_and_worst(summarise(results))["accuracy"] == ("raflora", "flexlora")
 
 
+def test_who_is_not_told_apart_from_the_next_leads_nowhere() -> None:
+    results = Results()
+    for seed in range(3):
+        results += a_run(key("raflora", seed), 0.80) + a_run(key("flexlora", seed), 0.79 + 0.02 * (seed - 1))
+    assert "accuracy" not in best_and_worst(summarise(results))
+
+
 def test_nobody_leads_where_all_are_alike() -> None:
     assert "download" not in best_and_worst(summarise(an_experiment()))
 
@@ -159,4 +196,110 @@ def test_numbers_read_as_in_a_paper() -> None:
     assert spread_text(Spread(0.5, math.nan, 1), points) == "50.0 (1)"
     assert spread_text(Spread(math.nan, math.nan, 0), points) == ""
     assert (share(0.214), share(0.00016), share(0.0)) == ("0.214", "1.6e-4", "0")
-    assert (mega(12_345_678), mega(123_456_789)) == ("12.3", "123")
+    assert (mebi(12_345_678), mebi(123_456_789)) == ("11.8", "118")
+
+
+def test_three_seeds_need_four_standard_errors() -> None:
+    # Mean 1, standard error 1/3: beyond two of them, within Student's 4.303 at two degrees of freedom.
+    near = spread_of([1 - 3**-0.5, 1.0, 1 + 3**-0.5])
+    assert near.standard_error == pytest.approx(1 / 3)
+    assert not near.is_clear
+    assert near.margin == pytest.approx(4.303 / 3)
+    assert spread_of([0.9, 1.0, 1.1]).is_clear
+    assert not spread_of([1.0, 1.0]).is_clear  # two seeds never are
+
+
+def test_the_accuracy_at_the_clients_own_ranks_weighs_each_rank_by_its_clients() -> None:
+    results = a_run(key("raflora"), 0.8, rank_gain=0.1)  # 0.6, 0.7 and 0.8 at ranks 4, 8 and 16
+    weighted = experiment({"raflora": {}}, count=4, rank_weights=[2, 1, 1])
+    (found,) = summarise(results, weighted)
+    assert found.own_ranks.mean == pytest.approx((0.6 + 0.6 + 0.7 + 0.8) / 4)
+    # A rank that nobody has need not be measured; one that somebody has must be.
+    (found,) = summarise(results, experiment({"raflora": {}}, count=4, ranks=[4, 8, 16, 32], rank_weights=[2, 1, 1, 0]))
+    assert found.own_ranks.n == 1
+    (found,) = summarise(results, experiment({"raflora": {}}, count=4, ranks=[4, 8, 16, 32]))
+    assert found.own_ranks.n == 0
+
+
+def test_a_rival_that_serves_the_small_clients_better_is_said() -> None:
+    results = Results()
+    for seed in range(3):
+        results += a_run(key("raflora", seed), 0.8, rank_gain=0.1) + a_run(key("flexlora", seed), 0.75, rank_gain=0.0)
+    found = findings_of(summarise(results, experiment({"raflora": {}, "flexlora": {"method": "flexlora"}})))
+    assert "At the clients' own ranks, above raflora: flexlora (+5.0 points)." in [each.sentence for each in found]
+
+
+def test_an_accuracy_of_an_earlier_round_is_not_the_last() -> None:
+    found = a_run(key("raflora"), 0.8)
+    results = replace(found, accuracy=tuple(row for row in found.accuracy if row.round < 3))
+    summary = summary_of(results, "raflora")
+    assert (summary.accuracy.n, summary.lost) == (0, (NOT_MEASURED,))
+
+
+def test_arms_with_other_settings_are_no_rivals() -> None:
+    results = Results()
+    for seed in range(3):
+        results += a_run(key("raflora", seed), 0.8) + a_run(key("flexlora", seed), 0.7)
+        results += a_run(key("flexlora iid", seed), 0.9, method="flexlora")
+        results += a_run(key("raflora iid", seed), 0.85, method="raflora")
+    iid = {"set": {"clients.alpha": 100.0}}
+    arms = {"raflora": {}, "flexlora": {"method": "flexlora"}, "raflora iid": iid}
+    settings = experiment(arms | {"flexlora iid": {"method": "flexlora", **iid}})
+    (stage,) = stages_of(results, settings)
+    assert [(group.setting, group.baseline) for group in stage.groups] == [
+        ("", "flexlora"),
+        ("clients.alpha = 100.0", "flexlora iid"),
+    ]
+    said = [each.sentence for each in findings_of(stage.summaries)]
+    assert "Above raflora iid: flexlora iid (+5.0 points)." in said
+    assert "Below raflora: flexlora (-10.0 points)." in said
+    assert not any("raflora:" in sentence and "iid" in sentence for sentence in said)
+
+
+def test_rates_that_arms_set_are_nobodys_own_rate() -> None:
+    results = a_run(key("raflora"), 0.8) + a_run(key("flexlora", rate=0.03), 0.7)
+    (stage,) = stages_of(results, experiment({"raflora": {}}))
+    assert stage.title == "Every arm at the learning rate of its own settings"
+    assert not any("one for everybody" in each.sentence for each in findings_of(stage.summaries))
+
+
+def test_an_arm_that_diverged_early_does_not_make_the_others_short() -> None:
+    results = a_run(key("hot"), 0.1, method="flexlora", rounds=2, status="diverged: x") + a_run(
+        key("raflora"), 0.8, rounds=20
+    )
+    assert "Only" not in sentences(results, against=True).replace("One seed only", "")
+    assert "Only one round" in sentences(a_run(key("raflora"), 0.8, rounds=1), against=True)
+
+
+def test_a_reference_that_is_not_told_apart_is_said_to_be_so() -> None:
+    results = a_run(key("raflora"), 0.8) + a_run(key("low"), 0.7, levels=(4,))
+    assert "low (everybody at rank 4) and raflora are not told apart by one seed" in sentences(results, against=True)
+
+
+def test_of_many_variants_plain_raflora_and_the_best_are_spoken_of() -> None:
+    results, arms = Results(), {"raflora": {}, "flexlora": {"method": "flexlora"}}
+    for number in range(1, 6):
+        arms[f"floor {number}"] = {"weight_floor": number / 10}
+    for seed in range(3):
+        for index, arm in enumerate(arms):
+            results += a_run(key(arm, seed), 0.7 + index / 100, method="flexlora" if arm == "flexlora" else "raflora")
+    found = findings_of(summarise(results, experiment(arms)))
+    shown = [each.sentence for each in found if not each.is_detail]
+    assert any("most accurate variant of raflora is floor 5 (+6.0 points" in sentence for sentence in shown)
+    assert not any("floor 3" in sentence for sentence in shown)
+    assert any("Below floor 3: flexlora" in each.sentence for each in found)
+
+
+def test_a_run_that_stopped_did_not_diverge() -> None:
+    results = (
+        a_run(key("raflora"), 0.8)
+        + a_run(key("raflora", 1), 0.1, status="stopped: too few answered")
+        + a_run(key("raflora", 2), 0.1, status="diverged: not finite")
+    )
+    assert runs_text(summary_of(results, "raflora")) == "1, 1 diverged, 1 stopped"
+
+
+def test_the_variant_for_a_cpu_is_told_from_the_whole() -> None:
+    whole = experiment({"raflora": {}}).model_copy(update={"without_gpu": {"rounds.num_rounds": 2}})
+    assert cpu_variant(whole) == ""
+    assert cpu_variant(whole.on_cpu()) == "rounds.num_rounds = 2"

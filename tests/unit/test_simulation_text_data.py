@@ -123,6 +123,15 @@ def test_groups_are_a_column(tmp_path: Path) -> None:
         train_of(tmp_path, {**natural, "group_column": "town"})
 
 
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "shards"])
+def test_groups_are_read_whoever_of_two_arms_comes_first(tmp_path: Path, partition: str) -> None:
+    write_texts(tmp_path)
+    write_rows(tmp_path / "train.jsonl", [{"text": "film", "label": 0, "site": 3}])
+    assert train_of(tmp_path, {"partition": partition, "group_column": "site"}).groups == ("3",)
+    (tmp_path / "groups.json").write_text(json.dumps({"art": ["good_film"]}))
+    assert train_of(tmp_path, {"partition": partition, "groups_file": "groups.json"}).groups == ("art",)
+
+
 def test_groups_are_a_file_of_labels(tmp_path: Path) -> None:
     write_texts(tmp_path)
     natural = {"partition": "natural", "groups_file": "groups.json"}
