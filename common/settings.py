@@ -55,7 +55,7 @@ def load_settings(
     except ValidationError as error:
         if path is None and not sources:
             raise ConfigError("no settings: give --config FILE; `raflora config` lists the keys") from None
-        raise ConfigError(_explain(error, str(path) if path else "settings", sources, model)) from None
+        raise ConfigError(explained(error, str(path) if path else "settings", model, sources)) from None
 
 
 def environment_keys(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
@@ -112,7 +112,10 @@ def _value_of(text: str) -> Any:
         return text
 
 
-def _explain(error: ValidationError, where: str, sources: Mapping[str, str], model: type[BaseModel]) -> str:
+def explained(
+    error: ValidationError, where: str, model: type[BaseModel], sources: Mapping[str, str] | None = None
+) -> str:
+    """A line for each problem: who set the key (`where` if none of the sources), the key, what was expected."""
     lines = []
     for problem in error.errors(include_url=False):
         keys = [str(part) for part in problem["loc"]]
@@ -125,7 +128,9 @@ def _explain(error: ValidationError, where: str, sources: Mapping[str, str], mod
         is_plain = isinstance(problem["input"], str | int | float | bool | list | tuple)
         shows = is_plain and problem["type"] not in {"missing", "extra_forbidden"}
         found = f", found {problem['input']!r:.80}" if shows else ""
-        lines.append(": ".join([_source_of(keys, sources) or where, *filter(None, [".".join(keys)]), said + found]))
+        lines.append(
+            ": ".join([_source_of(keys, sources or {}) or where, *filter(None, [".".join(keys)]), said + found])
+        )
     return "\n".join(lines)
 
 
@@ -133,6 +138,8 @@ def _known_keys(model: type[BaseModel], keys: list[str]) -> str:
     """What stands in the section of an unknown key, the likeliest first."""
     section: Any = model
     for key in keys[:-1]:
+        if key.isdigit():  # a place in a list of sections, which is the section by now
+            continue
         field = getattr(section, "model_fields", {}).get(key)
         options = [field.annotation, *get_args(field.annotation)] if field is not None else []
         section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

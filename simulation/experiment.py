@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from common.errors import ConfigError
-from common.settings import Section
+from common.settings import Section, explained
 from coordinator.config import MethodConfig, Rank, TrainingConfig
 
 ARM_SECTIONS = ("model", "data", "clients", "rounds", "training")  # whose settings an arm may change
@@ -209,6 +209,4 @@ class ExperimentConfig(Section):
         try:
             return ExperimentConfig.model_validate(content)
         except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            raise ConfigError(f"{whose}: {where}: {problem['msg'].removeprefix('Value error, ')}") from None
+            raise ConfigError(explained(error, whose, ExperimentConfig)) from None

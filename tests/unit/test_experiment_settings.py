@@ -57,7 +57,7 @@ def test_an_arm_may_have_settings_of_its_own() -> None:
         ({"tuning.learning_rates": [0.1]}, "arm 'a': tuning.learning_rates: an arm may set what is in model, data, "),
         ({"clients": {"alpha": 1.0}}, "arm 'a': clients: an arm may set what is in .*; the rest is the same for all"),
         ({"clients.alpha.beta": 1.0}, "arm 'a': clients.alpha.beta: there is no such section"),
-        ({"clients.alpa": 1.0}, "arm 'a': clients.alpa"),
+        ({"clients.alpa": 1.0}, "arm 'a': clients.alpa: there is no such key; did you mean alpha?"),
         ({"clients.per_round": 9}, "arm 'a': clients: per_round 9, but there are 4 clients"),
     ],
 )
@@ -87,3 +87,11 @@ def test_settings_that_contradict_each_other_are_refused(section: str, changes: 
 def test_two_arms_of_one_name_are_refused() -> None:
     with pytest.raises(ValidationError, match="same name"):
         ExperimentConfig.model_validate(SMALL | {"arms": [{"name": "a"}, {"name": "a"}]})
+
+
+def test_a_wrong_key_of_an_arm_is_told_with_the_right_ones(tmp_path: Path) -> None:
+    path = tmp_path / "small.toml"
+    text = (Path(BUILT_IN[0])).read_text(encoding="utf-8")
+    path.write_text(text.replace("[[arms]]", "[[arms]]\nfloor = 0.3", 1), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"arms.0.floor: there is no such key; (did you mean|known: .*weight_floor)"):
+        load_settings(ExperimentConfig, path, environ={})
