@@ -50,8 +50,11 @@ def render(report: Report) -> str:
     """The whole file. Raises ConfigError without matplotlib."""
     arms = [arm.name for arm in report.experiment.arms]
     stages = stages_of(report.results, report.experiment, report.baseline)
-    sections = [_findings_section(report, stages)]
-    sections += [_stage_section(report, stage, arms) for stage in stages]
+    # Numbers before sentences about them: the fairest stage first, which is each arm's own best where there is one.
+    first, others = stages[-1:], stages[:-1]
+    sections = [_stage_section(report, stage, arms) for stage in first]
+    sections.append(_findings_section(report, stages))
+    sections += [_stage_section(report, stage, arms) for stage in others]
     if report.choices:
         sections.append(_tuning_section(report))
     sections.append(_settings_section(report))
@@ -67,8 +70,10 @@ def render(report: Report) -> str:
 
 
 def _contents(report: Report, stages: Sequence[Stage]) -> Iterable[tuple[str, str]]:
+    for stage in stages[-1:]:
+        yield stage.name, stage.title
     yield "findings", "When not to use it"
-    for stage in stages:
+    for stage in stages[:-1]:
         yield stage.name, stage.title
     if report.choices:
         yield "tuning", "Tuning"

@@ -148,8 +148,9 @@ def test_the_page_has_the_numbers_of_the_rows(text: str) -> None:
     assert "86.1" in words  # the validation accuracy of the choice
 
 
-def test_what_speaks_against_it_comes_before_the_tables(text: str) -> None:
-    assert text.index("Above raflora: flora (+0.5 points)") < text.index("<table")
+def test_numbers_come_first_and_then_what_speaks_against_it(text: str) -> None:
+    against = text.index("Above raflora: flora (+0.5 points)")
+    assert text.index("<table") < against < text.index("Below raflora: ")
 
 
 def test_what_settings_say_is_text_and_never_markup(text: str) -> None:
