@@ -31,6 +31,8 @@ WRITE_SECONDS = 30.0  # between two writings of the merged tables, which grow wi
 class RunsFailed(RafloraError):
     """Not one run could be carried out."""
 
+    reason = "runs_failed"
+
 
 class Audience(Protocol):
     """Who is told how far an experiment is."""

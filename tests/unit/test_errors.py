@@ -52,3 +52,13 @@ def test_a_wrong_offset_carries_the_right_one() -> None:
 def test_the_protocol_page_lists_the_reason_with_its_status(kind: type[RafloraError]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
     assert f"| `{kind.reason}` | {kind.code} |" in page
+
+
+def test_every_error_of_every_room_has_a_word_of_its_own_kind() -> None:
+    """Also of rooms that never speak to the wire: a class without a word would be found as RafloraError's."""
+    pending, seen = list(RafloraError.__subclasses__()), []
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        seen.append(kind)
+    assert [kind.__name__ for kind in seen if kind.reason == RafloraError.reason] == []
