@@ -58,23 +58,39 @@ def uncovered_rounds(history: Sequence[RoundRecord]) -> Mapping[tuple[int, int],
     return {(p.low, p.high): _rounds_with_at_most(0, p, history) for p in _report(history[-1]).partitions}
 
 
+def runs_away(norms: Sequence[float], losses: Sequence[float]) -> bool:
+    """Whether the last of these rounds ends a run-away: a norm that explodes over ten rounds while the loss rises.
+
+    Either alone is normal life: early rounds, or a hard cohort. Both lists have a number a round, from the first on.
+    """
+    if len(norms) < 2 * SPAN:
+        return False
+    earlier, later = _halves(losses)
+    return norms[-1] > GROWTH * norms[-1 - SPAN] > 0.0 and later > earlier
+
+
+def _halves(losses: Sequence[float]) -> tuple[float, float]:
+    """The mean loss of the first and of the second half of the last ten rounds."""
+    last = losses[-SPAN:]
+    return _mean(last[: SPAN // 2]), _mean(last[SPAN // 2 :])
+
+
 def _divergence(history: Sequence[RoundRecord], options: MethodOptions) -> Iterator[Sign]:
-    """A norm that explodes while the loss rises. Either alone is normal life: early rounds, or a hard cohort."""
-    if len(history) < 2 * SPAN:
+    # Counted from the end: of a long history only what the rule looks at is read.
+    seen = history[-2 * SPAN :]
+    norms, losses = [_report(record).norm for record in seen], [_train_loss(record) for record in seen]
+    if not runs_away(norms, losses):
         return
     first, last = history[-1 - SPAN], history[-1]
-    before, now = _report(first).norm, _report(last).norm
-    losses = [_train_loss(record) for record in history[-SPAN:]]
-    earlier, later = _mean(losses[: SPAN // 2]), _mean(losses[SPAN // 2 :])
-    if now > GROWTH * before > 0.0 and later > earlier:
-        about = "the global adapter seems to diverge"
-        floor = f", or with {_WEIGHT_FLOOR}" if _gives_a_lone_owner_all(options) else ""
-        yield Sign(
-            about,
-            f"{about}: from round {first.number} to {last.number} its norm grew from {before:.3g} to {now:.3g}, and "
-            f"within these rounds the training loss rose from {earlier:.3g} to {later:.3g}; found a new federation "
-            f"with a lower training.learning_rate that decays{floor}",
-        )
+    earlier, later = _halves(losses)
+    about = "the global adapter seems to diverge"
+    floor = f", or with {_WEIGHT_FLOOR}" if _gives_a_lone_owner_all(options) else ""
+    yield Sign(
+        about,
+        f"{about}: from round {first.number} to {last.number} its norm grew from {norms[-1 - SPAN]:.3g} to "
+        f"{norms[-1]:.3g}, and within these rounds the training loss rose from {earlier:.3g} to {later:.3g}; found a "
+        f"new federation with a lower training.learning_rate that decays{floor}",
+    )
 
 
 def _lone_owner(history: Sequence[RoundRecord], options: MethodOptions) -> Iterator[Sign]:

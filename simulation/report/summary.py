@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from coordinator.aggregation.method import MethodOptions
+from coordinator.warnings import runs_away
 from simulation.experiment import Arm, ExperimentConfig
 from simulation.population import rank_counts
 from simulation.results import PartitionRow, Results, RoundRow, RunKey, RunRow
 from simulation.schedule import BEST, FINISHED, SAME
 
 EARLY_ROUNDS = (1, 12)  # at which the energy is reported beside the last round's
-_WINDOW = 10  # rounds; the first ones do not count, for every norm grows from nothing
-_SMOOTHED = 3  # rounds of training loss: each round has another cohort
 NOT_MEASURED = "diverged: the last evaluation was not finite"
 MIN_SEEDS = 3  # fewer never make a difference clear
 
@@ -188,15 +187,12 @@ def energy_above(partitions: Iterable[PartitionRow], smallest_rank: int) -> floa
 
 
 def is_running_away(rounds: Sequence[RoundRow]) -> bool:
-    """Whether the norm more than doubled within ten rounds, after the first ten, while the training loss rose.
+    """Whether a coordinator would at any round have said that the global adapter seems to diverge.
 
     Such a run may still finish; healthy ones grow by a third to a half in ten rounds, with a falling loss.
     """
-    losses = [fmean(row.train_loss for row in rounds[max(0, i - _SMOOTHED + 1) : i + 1]) for i in range(len(rounds))]
-    return any(
-        rounds[i].norm > 2 * rounds[i - _WINDOW].norm and losses[i] > losses[i - _WINDOW]
-        for i in range(2 * _WINDOW - 1, len(rounds))
-    )
+    norms, losses = [row.norm for row in rounds], [row.train_loss for row in rounds]
+    return any(runs_away(norms[:end], losses[:end]) for end in range(1, len(rounds) + 1))
 
 
 @dataclass
