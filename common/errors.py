@@ -8,11 +8,18 @@
           NotFinite               not_finite             a tensor holds NaN or infinity
           OutOfBounds             out_of_bounds          a number that no trained factor holds
           WrongSize               wrong_size             an upload is not as long as its rank demands
+          NormTooLarge            norm_too_large         a rank partition is larger than the operator allows
+          InspectionFailed        inspection_failed      the process that looked at these bytes did not survive it
+        TooManyExamples           too_many_examples      more num_examples than the operator allows this site
         WrongRank                 wrong_rank             a rank that the client was not granted
       BaseModelMismatch           base_model_mismatch    another base model than the federation's
       SpecMismatch                spec_mismatch          other modules or shapes than the manifest's
       UnknownClient               unknown_client         the client never joined, or has left
       Evicted                     evicted                an operator shut the client out
+      NotAuthenticated            not_authenticated      the caller showed no certificate that says who it is
+      NotAllowed                  not_allowed            the caller's role may not do this, or not for this client
+      Revoked                     revoked                the operator took the caller's identity back
+      BadJoinToken                bad_join_token         a join token that is used up, too old or unknown
       IdentityConflict            identity_conflict      another worker already goes by this name
       UnknownTask                 unknown_task           no such task or lease in the open round
       StaleSlice                  stale_slice            trained from another slice than was handed out
@@ -23,6 +30,7 @@
       CorruptTransfer             corrupt_transfer       bytes arrived, but not those that were announced
       UploadTakenOver             upload_taken_over      a newer stream of this client carries the upload on
       TooBusy                     too_busy               a limit is reached; try again later
+        QuotaExceeded             quota_exceeded         an organisation has used up what it was given for now
       NothingPublished            nothing_published      there is no adapter yet
       Unavailable                 unavailable            the other side cannot be reached
       CorruptStore                corrupt_store          a journal or blob is not what it was when written
@@ -89,6 +97,24 @@ class WrongSize(AdapterMismatch):
     reason = "wrong_size"
 
 
+class NormTooLarge(AdapterMismatch):
+    """An update's norm in one rank partition is above the operator's bound."""
+
+    reason = "norm_too_large"
+
+
+class InspectionFailed(AdapterMismatch):
+    """The process that inspected the bytes died or ran out of its limits; the coordinator itself did not."""
+
+    reason = "inspection_failed"
+
+
+class TooManyExamples(InvalidRequest):
+    """More num_examples than the operator lets this site claim."""
+
+    reason = "too_many_examples"
+
+
 class WrongRank(InvalidRequest):
     """A rank that the client was not granted or cannot have."""
 
@@ -121,6 +147,34 @@ class Evicted(RafloraError):
 
     code = "PERMISSION_DENIED"
     reason = "evicted"
+
+
+class NotAuthenticated(RafloraError):
+    """The caller showed no certificate that says who it is."""
+
+    code = "UNAUTHENTICATED"
+    reason = "not_authenticated"
+
+
+class NotAllowed(RafloraError):
+    """The caller is known, but its role may not do this, or it speaks for another client."""
+
+    code = "PERMISSION_DENIED"
+    reason = "not_allowed"
+
+
+class Revoked(RafloraError):
+    """The operator took this identity back; it needs a new join token."""
+
+    code = "PERMISSION_DENIED"
+    reason = "revoked"
+
+
+class BadJoinToken(RafloraError):
+    """A join token that is used up, too old or not of this federation; the operator can make a new one."""
+
+    code = "PERMISSION_DENIED"
+    reason = "bad_join_token"
 
 
 class IdentityConflict(RafloraError):
@@ -195,6 +249,12 @@ class TooBusy(RafloraError):
 
     code = "RESOURCE_EXHAUSTED"
     reason = "too_busy"
+
+
+class QuotaExceeded(TooBusy):
+    """An organisation has used up its share of uploads, bytes or disk for now."""
+
+    reason = "quota_exceeded"
 
 
 class NothingPublished(RafloraError):

@@ -26,6 +26,17 @@ class TlsConfig(Section):
     """If set, every client must show a certificate of this authority."""
 
 
+class IdentityConfig(Section):
+    """Certificates that the coordinator issues itself; `raflora init` makes the folder."""
+
+    folder: Path
+    """The federation's own authority: its key, its sites, its join tokens. Nobody else may read it."""
+    names: tuple[str, ...] = ("localhost", "127.0.0.1")
+    """Host names and addresses by which workers reach the coordinator; they stand in its certificate."""
+    certificate_days: float = Field(default=30.0, gt=0, le=398)
+    """How long a certificate is good; workers renew theirs when a third of it is left."""
+
+
 class ServerConfig(Section):
     """Where the coordinator listens; the only port that anybody must open."""
 
@@ -33,8 +44,10 @@ class ServerConfig(Section):
     """HOST:PORT; port 0 takes a free one."""
     insecure: bool = False
     """Speak in the clear on an address that others can reach (a private network, a tunnel)."""
+    identity: IdentityConfig | None = None
+    """Mutual TLS with certificates of the federation's own authority: `raflora init` sets it up."""
     tls: TlsConfig | None = None
-    """Unset on loopback: in the clear."""
+    """Mutual TLS with certificates of an authority of yours. Unset, and no identity, on loopback: in the clear."""
     reflection: bool = True
     """Let generic gRPC clients list and describe the services."""
     max_uploads: int = Field(default=64, ge=1, le=10_000)
@@ -194,6 +207,42 @@ class TrainingConfig(Section):
     """Of every round; the optimizer starts anew in each."""
 
 
+class OrganisationLimits(Section):
+    """One line of the table of limits; the first that matches an organisation replaces the general ones it sets."""
+
+    organisation: str
+    """Its name; * and ? stand for anything. Without certificates every client is its own organisation."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """See [limits]."""
+    max_uploads: int | None = Field(default=None, ge=1)
+    """See [limits]."""
+    upload_bytes_per_day: int | None = Field(default=None, ge=1)
+    """See [limits]."""
+
+
+class LimitsConfig(Section):
+    """What the coordinator takes from others; may change with a restart. Unset: no bound beyond those of the code."""
+
+    max_examples: int | None = Field(default=None, ge=1)
+    """num_examples that one client may claim for an update: its weight."""
+    max_partition_norm: float | None = Field(default=None, gt=0)
+    """Frobenius norm of an update within one rank partition, over all layers; a larger one is refused."""
+    max_uploads: int = Field(default=4, ge=1)
+    """Open uploads of one organisation at one time."""
+    upload_bytes_per_day: int | None = Field(default=None, ge=1)
+    """Bytes of updates that one organisation may announce in 24 hours of the federation's clock."""
+    disk_bytes: int | None = Field(default=None, ge=1)
+    """Of the state folder; no upload begins that would make it larger."""
+    min_free_bytes: int = Field(default=64 << 20, ge=0)
+    """Kept free on the state folder's disk for the journal and the next adapter; uploads must leave it."""
+    inspection_seconds: float = Field(default=120.0, gt=0)
+    """The process that looks at an upload is ended after so long."""
+    inspection_memory_bytes: int = Field(default=2 << 30, ge=256 << 20)
+    """And cannot hold more than this."""
+    organisations: tuple[OrganisationLimits, ...] = ()
+    """Other limits for some: [[limits.organisations]]."""
+
+
 class StoreConfig(Section):
     """What lies on disk."""
 
@@ -223,6 +272,7 @@ class CoordinatorConfig(Section):
     ranks: RanksConfig = RanksConfig()
     aggregation: AggregationConfig = AggregationConfig()
     training: TrainingConfig
+    limits: LimitsConfig = LimitsConfig()
     store: StoreConfig = StoreConfig()
 
     @model_validator(mode="after")

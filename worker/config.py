@@ -29,8 +29,12 @@ class CoordinatorAddress(Section):
     """HOST:PORT."""
     insecure: bool = False
     """Speak in the clear to an address outside this machine (a private network, a tunnel)."""
+    join_token: str = ""
+    """What `raflora site add` printed: with it the worker gets a certificate of its own, once; renewed by itself."""
+    join_token_file: Path | None = None
+    """The same in a file."""
     tls: TlsConfig | None = None
-    """Unset on loopback: in the clear."""
+    """Certificates of an authority of yours. Unset, and no join token, on loopback: in the clear."""
     rpc_timeout_seconds: float = Field(default=10.0, gt=0, le=300)
     """For every small call."""
 

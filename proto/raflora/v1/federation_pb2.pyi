@@ -97,16 +97,18 @@ class HandshakeRequest(_message.Message):
     def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., software_version: _Optional[str] = ...) -> None: ...
 
 class HandshakeResponse(_message.Message):
-    __slots__ = ("protocol", "software_version", "federation", "model")
+    __slots__ = ("protocol", "software_version", "federation", "model", "wall_time_seconds")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    WALL_TIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     software_version: str
     federation: str
     model: ModelRequest
-    def __init__(self, protocol: _Optional[int] = ..., software_version: _Optional[str] = ..., federation: _Optional[str] = ..., model: _Optional[_Union[ModelRequest, _Mapping]] = ...) -> None: ...
+    wall_time_seconds: float
+    def __init__(self, protocol: _Optional[int] = ..., software_version: _Optional[str] = ..., federation: _Optional[str] = ..., model: _Optional[_Union[ModelRequest, _Mapping]] = ..., wall_time_seconds: _Optional[float] = ...) -> None: ...
 
 class RankProfile(_message.Message):
     __slots__ = ("max_rank", "device", "memory_bytes", "num_examples", "examples_per_second")

@@ -58,7 +58,7 @@ class WatchStatusResponse(_message.Message):
     def __init__(self, status: _Optional[_Union[FederationStatus, _Mapping]] = ...) -> None: ...
 
 class FederationStatus(_message.Message):
-    __slots__ = ("federation", "software_version", "phase", "paused", "round", "num_rounds", "explanation", "method", "manifest_digest", "adapter_digest", "global_rank", "assignments", "quorum", "deadline_seconds", "last_round", "forecast", "bytes_sent", "bytes_received", "uptime_seconds", "clients_connected", "clients_known", "base_model", "task", "warnings")
+    __slots__ = ("federation", "software_version", "phase", "paused", "round", "num_rounds", "explanation", "method", "manifest_digest", "adapter_digest", "global_rank", "assignments", "quorum", "deadline_seconds", "last_round", "forecast", "bytes_sent", "bytes_received", "uptime_seconds", "clients_connected", "clients_known", "base_model", "task", "warnings", "security", "disk_bytes", "disk_free_bytes", "uploads_open")
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,10 @@ class FederationStatus(_message.Message):
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    SECURITY_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UPLOADS_OPEN_FIELD_NUMBER: _ClassVar[int]
     federation: str
     software_version: str
     phase: Phase
@@ -107,7 +111,11 @@ class FederationStatus(_message.Message):
     base_model: str
     task: str
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, federation: _Optional[str] = ..., software_version: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., paused: _Optional[bool] = ..., round: _Optional[int] = ..., num_rounds: _Optional[int] = ..., explanation: _Optional[str] = ..., method: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., global_rank: _Optional[int] = ..., assignments: _Optional[_Iterable[_Union[AssignmentStatus, _Mapping]]] = ..., quorum: _Optional[int] = ..., deadline_seconds: _Optional[float] = ..., last_round: _Optional[_Union[RoundSummary, _Mapping]] = ..., forecast: _Optional[_Union[CollapseForecast, _Mapping]] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., clients_connected: _Optional[int] = ..., clients_known: _Optional[int] = ..., base_model: _Optional[str] = ..., task: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    security: str
+    disk_bytes: int
+    disk_free_bytes: int
+    uploads_open: int
+    def __init__(self, federation: _Optional[str] = ..., software_version: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., paused: _Optional[bool] = ..., round: _Optional[int] = ..., num_rounds: _Optional[int] = ..., explanation: _Optional[str] = ..., method: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., global_rank: _Optional[int] = ..., assignments: _Optional[_Iterable[_Union[AssignmentStatus, _Mapping]]] = ..., quorum: _Optional[int] = ..., deadline_seconds: _Optional[float] = ..., last_round: _Optional[_Union[RoundSummary, _Mapping]] = ..., forecast: _Optional[_Union[CollapseForecast, _Mapping]] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., clients_connected: _Optional[int] = ..., clients_known: _Optional[int] = ..., base_model: _Optional[str] = ..., task: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., security: _Optional[str] = ..., disk_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., uploads_open: _Optional[int] = ...) -> None: ...
 
 class AssignmentStatus(_message.Message):
     __slots__ = ("client_id", "lora_rank", "state", "activity", "step", "total_steps", "train_loss", "silent_seconds", "late", "failures", "last_failure")
@@ -279,7 +287,7 @@ class ListClientsResponse(_message.Message):
     def __init__(self, clients: _Optional[_Iterable[_Union[ClientSummary, _Mapping]]] = ..., more: _Optional[bool] = ...) -> None: ...
 
 class ClientSummary(_message.Message):
-    __slots__ = ("client_id", "max_rank", "lora_rank", "device", "memory_bytes", "num_examples", "membership", "silent_seconds", "rounds_contributed", "software_version", "last_failure", "slice_bytes")
+    __slots__ = ("client_id", "max_rank", "lora_rank", "device", "memory_bytes", "num_examples", "membership", "silent_seconds", "rounds_contributed", "software_version", "last_failure", "slice_bytes", "organisation")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     MAX_RANK_FIELD_NUMBER: _ClassVar[int]
     LORA_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -292,6 +300,7 @@ class ClientSummary(_message.Message):
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     LAST_FAILURE_FIELD_NUMBER: _ClassVar[int]
     SLICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ORGANISATION_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     max_rank: int
     lora_rank: int
@@ -304,7 +313,8 @@ class ClientSummary(_message.Message):
     software_version: str
     last_failure: str
     slice_bytes: int
-    def __init__(self, client_id: _Optional[str] = ..., max_rank: _Optional[int] = ..., lora_rank: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., membership: _Optional[str] = ..., silent_seconds: _Optional[float] = ..., rounds_contributed: _Optional[int] = ..., software_version: _Optional[str] = ..., last_failure: _Optional[str] = ..., slice_bytes: _Optional[int] = ...) -> None: ...
+    organisation: str
+    def __init__(self, client_id: _Optional[str] = ..., max_rank: _Optional[int] = ..., lora_rank: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., membership: _Optional[str] = ..., silent_seconds: _Optional[float] = ..., rounds_contributed: _Optional[int] = ..., software_version: _Optional[str] = ..., last_failure: _Optional[str] = ..., slice_bytes: _Optional[int] = ..., organisation: _Optional[str] = ...) -> None: ...
 
 class FetchAdapterRequest(_message.Message):
     __slots__ = ("lora_rank", "digest", "offset")
