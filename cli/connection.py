@@ -17,8 +17,9 @@ from cyclopts.types import PositiveFloat
 
 from cli.errors import Refused
 from common.channel import REASON_KEY, Tls, client_channel, is_loopback
-from common.errors import ConfigError, RafloraError, Unavailable
-from common.settings import coordinator_address
+from common.errors import ConfigError, NotAllowed, RafloraError, Unavailable
+from common.identity_folder import IdentityFolder
+from common.settings import coordinator_address, identity_folder
 from worker.wire_errors import meaning_of
 
 # What a server says that does not offer the service, or not to us; no reason of ours stands beside it.
@@ -36,7 +37,9 @@ class Connection:
     """How to reach the coordinator."""
 
     coordinator: str | None = None
-    """HOST:PORT; unset: the variable RAFLORA_COORDINATOR, else 127.0.0.1:7070."""
+    """HOST:PORT; unset: the variable RAFLORA_COORDINATOR, else what the identity says, else 127.0.0.1:7070."""
+    identity: Path | None = None
+    """A folder of `raflora init` or `raflora access add`: who you are; unset: the variable RAFLORA_IDENTITY."""
     insecure: bool = False
     """Speak in the clear to an address outside this machine (a private network, a tunnel)."""
     ca_file: Path | None = None
@@ -51,15 +54,32 @@ class Connection:
     @property
     def address(self) -> str:
         """The coordinator's HOST:PORT. Raises ConfigError if it has no port."""
-        address = self.coordinator or coordinator_address()
+        identity = self.shown_identity
+        address = self.coordinator or coordinator_address(otherwise=identity.address if identity else "")
         if not address.rpartition(":")[2].isdigit() and not address.startswith("unix:"):
             raise ConfigError(f"coordinator {address!r}: expected HOST:PORT, for example 127.0.0.1:7070")
         return address
 
     @property
+    def shown_identity(self) -> IdentityFolder | None:
+        """The folder that says who we are; flags that name files, or no TLS, are stronger than the variable."""
+        if self.identity is not None:
+            return _identity_at(self.identity)
+        if self.insecure or Tls(self.ca_file, self.certificate_file, self.key_file) != Tls():
+            return None
+        folder = identity_folder()
+        return _identity_at(folder) if folder else None
+
+    @property
     def tls(self) -> Tls | None:
         """The files, or None for a connection in the clear. Raises ConfigError if the flags contradict each other."""
         tls = Tls(self.ca_file, self.certificate_file, self.key_file)
+        if self.identity is not None and (self.insecure or tls != Tls()):
+            raise ConfigError("--identity has the certificates of TLS in it; leave --insecure and the files out")
+        identity = self.shown_identity
+        if identity is not None:
+            identity.check()
+            return identity.tls
         if (self.certificate_file is None) != (self.key_file is None):
             raise ConfigError("--certificate-file and --key-file belong together; give both or none")
         if self.insecure and tls != Tls():
@@ -76,7 +96,20 @@ async def reach(connection: Connection) -> AsyncIterator[grpc.aio.Channel]:
         try:
             yield channel
         except grpc.aio.AioRpcError as error:
-            raise error_of(error, connection) from None
+            raise await _explained(error, connection) from None
+
+
+async def _explained(error: grpc.aio.AioRpcError, connection: Connection) -> RafloraError:
+    """The typed error behind a status; if nobody answered, with what a look at each step of the connection found."""
+    meant = error_of(error, connection)
+    if error.code() is not grpc.StatusCode.UNAVAILABLE or not isinstance(meant, Unavailable):
+        return meant
+    from worker.probe import Step, probe  # noqa: PLC0415 - cryptography is slow to load, and this seldom needed
+
+    found = await asyncio.to_thread(probe, connection.address, connection.tls, min(3.0, connection.timeout_seconds))
+    if found.failed in {Step.TLS, Step.HTTP2}:
+        return Unavailable(f"coordinator {connection.address} cannot be reached: {found.cause}")
+    return meant
 
 
 def error_of(error: grpc.aio.AioRpcError, connection: Connection) -> RafloraError:
@@ -85,7 +118,10 @@ def error_of(error: grpc.aio.AioRpcError, connection: Connection) -> RafloraErro
     details = error.details() or "no details"
     if REASON_KEY not in trailing and error.code() in _REFUSALS:
         return Refused(f"coordinator {connection.address} answered {error.code().name}: {details}")
-    return meaning_of(error.code().name, details, trailing, connection.address)
+    meant = meaning_of(error.code().name, details, trailing, connection.address)
+    if isinstance(meant, NotAllowed):
+        return NotAllowed(f"{meant}; `raflora access add` makes an identity that may: show it with --identity FOLDER")
+    return meant
 
 
 async def messages_of(
@@ -107,11 +143,17 @@ async def messages_of(
             except TimeoutError:
                 raise _silent(connection) from None
             except grpc.aio.AioRpcError as error:
-                raise error_of(error, connection) from None
+                raise await _explained(error, connection) from None
             yield message
             patience_seconds = max(silence_seconds, connection.timeout_seconds)
     finally:
         call.cancel()
+
+
+def _identity_at(path: Path) -> IdentityFolder:
+    """The folder itself; of a worker's state_dir the identity in it."""
+    inside = IdentityFolder(path / "identity")
+    return inside if inside.is_complete else IdentityFolder(path)
 
 
 def _silent(connection: Connection) -> Unavailable:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from common.failpoints import arm_as_planned
 from common.logs import set_up_logs
-from common.settings import load_settings
+from common.memory import keep_memory_flat
+from common.settings import failpoints_plan, load_settings
 from coordinator.config import CoordinatorConfig
 from coordinator.server import run_coordinator
 from worker.peft_format import write_peft_folder
@@ -24,7 +26,9 @@ async def coordinator(
     set_: Annotated[tuple[str, ...], Parameter(name="--set", help="KEY=VALUE overrides one key; repeatable.")] = (),
 ) -> None:
     """Opens rounds, hands out rank slices, merges what comes back; a restart goes on where it was."""
+    arm_as_planned(failpoints_plan())
     settings = load_settings(CoordinatorConfig, config, overrides=set_)
+    keep_memory_flat()
     set_up_logs(settings.log_format, settings.log_level, role="coordinator", federation=settings.name)
     on_published = partial(_export, settings.export_dir) if settings.export_dir else None
     await run_coordinator(settings, on_published=on_published)

@@ -5,7 +5,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from common.settings import load_settings
+from common.failpoints import arm_as_planned
+from common.memory import keep_memory_flat
+from common.settings import failpoints_plan, load_settings
 from worker.config import WorkerConfig
 from worker.run import run_worker
 
@@ -16,4 +18,6 @@ async def worker(
     set_: Annotated[tuple[str, ...], Parameter(name="--set", help="KEY=VALUE overrides one key; repeatable.")] = (),
 ) -> None:
     """Trains this site's data at this site's rank, for the coordinator that the settings name."""
+    keep_memory_flat()  # of this process, the agent; the trainer is another one and decides for itself
+    arm_as_planned(failpoints_plan())
     await run_worker(load_settings(WorkerConfig, config, overrides=set_))

@@ -69,8 +69,7 @@ class AdapterSpec:
 
     def check_size(self, rank: int) -> None:
         """Raises InvalidRequest if an adapter of this rank would hold more than MAX_NUMBERS numbers."""
-        factors = sum(module.out_features + module.in_features for module in self.modules)
-        numbers = rank * factors + sum(prod(tensor.shape) for tensor in self.tensors)
+        numbers = numbers_of(self, rank)
         if numbers > MAX_NUMBERS:
             raise InvalidRequest(f"adapter spec: {numbers} numbers at rank {rank}; at most {MAX_NUMBERS} are allowed")
 
@@ -82,6 +81,12 @@ class AdapterSpec:
     def largest_rank(self) -> int:
         """The largest rank that every module can hold: the smallest of all sides."""
         return min(min(m.out_features, m.in_features) for m in self.modules)
+
+
+def numbers_of(spec: AdapterSpec, rank: int) -> int:
+    """How many numbers an adapter of this rank holds."""
+    factors = sum(module.out_features + module.in_features for module in spec.modules)
+    return rank * factors + sum(prod(tensor.shape) for tensor in spec.tensors)
 
 
 @dataclass(frozen=True)

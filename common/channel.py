@@ -7,9 +7,10 @@ tests/integration/test_keepalive.py holds both to account.
 
 import ipaddress
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -18,6 +19,7 @@ from common.errors import ConfigError
 
 MAX_MESSAGE_BYTES = 4 << 20  # gRPC's default; nothing here needs more
 MAX_CALLS_PER_CONNECTION = 16
+WINDOW_BYTES = 1 << 20  # of a stream to the coordinator: what it may have to hold for each upload beside a message
 REASON_KEY = "raflora-reason"
 COMMITTED_BYTES_KEY = "raflora-committed-bytes"
 
@@ -31,6 +33,9 @@ class Keepalive:
     client_ping_seconds: float = 30.0
     server_ping_seconds: float = 60.0
     timeout_seconds: float = 15.0
+    # A caller that answers pings but never reads its stream: only the age of its connection ends that.
+    connection_seconds: float = 3600.0
+    connection_grace_seconds: float = 300.0  # for the calls that are under way then; new ones open a new connection
 
     def scaled(self, factor: float) -> "Keepalive":
         """The same in another tempo."""
@@ -39,6 +44,8 @@ class Keepalive:
             client_ping_seconds=self.client_ping_seconds * factor,
             server_ping_seconds=self.server_ping_seconds * factor,
             timeout_seconds=self.timeout_seconds * factor,
+            connection_seconds=self.connection_seconds * factor,
+            connection_grace_seconds=self.connection_grace_seconds * factor,
         )
 
 
@@ -49,6 +56,19 @@ class Tls:
     ca_file: Path | None = None
     certificate_file: Path | None = None
     key_file: Path | None = None
+
+    def read(self) -> "Pem":
+        """The files' bytes, as they are now. Raises ConfigError for a file that cannot be read."""
+        return Pem(_read(self.ca_file), _read(self.certificate_file), _read(self.key_file))
+
+
+@dataclass(frozen=True)
+class Pem:
+    """What stands in those files; None: the system's authorities, or nothing to show."""
+
+    authority: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = field(default=None, repr=False)
 
 
 def client_options(keepalive: Keepalive) -> Options:
@@ -78,20 +98,26 @@ def server_options(keepalive: Keepalive) -> Options:
         # Strictly below the client's interval, or a worker that trains is thrown out with too_many_pings.
         ("grpc.http2.min_ping_interval_without_data_ms", _ms(keepalive.client_ping_seconds / 3)),
         ("grpc.max_connection_idle_ms", 900_000),
+        ("grpc.max_connection_age_ms", _ms(keepalive.connection_seconds)),
+        ("grpc.max_connection_age_grace_ms", _ms(keepalive.connection_grace_seconds)),
         ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        # gRPC's own estimate takes a disk that is behind for a wire that is long, and buffers 20 MB for every upload.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         ("grpc.so_reuseport", 0),  # a second coordinator on the same port must fail, not share it
     ]
 
 
-def client_channel(address: str, tls: Tls | None, keepalive: Keepalive = Keepalive()) -> grpc.aio.Channel:
-    """A channel to a coordinator; without `tls` in the clear."""
+def client_channel(address: str, tls: Tls | Pem | None, keepalive: Keepalive = Keepalive()) -> grpc.aio.Channel:
+    """A channel to a coordinator; without `tls` in the clear. Files are read once, now."""
     if tls is None:
         return grpc.aio.insecure_channel(address, options=client_options(keepalive))
+    pem = tls.read() if isinstance(tls, Tls) else tls
     credentials = grpc.ssl_channel_credentials(
-        root_certificates=_read(tls.ca_file),
-        private_key=_read(tls.key_file),
-        certificate_chain=_read(tls.certificate_file),
+        root_certificates=pem.authority,
+        private_key=pem.key,
+        certificate_chain=pem.certificate,
     )
     return grpc.aio.secure_channel(address, credentials, options=client_options(keepalive))
 
@@ -106,6 +132,33 @@ def server_credentials(tls: Tls) -> grpc.ServerCredentials:
         root_certificates=_read(tls.ca_file),
         require_client_auth=tls.ca_file is not None,
     )
+
+
+def rotating_server_credentials(papers: Callable[[], Pem], *, asks_for_certificates: bool) -> grpc.ServerCredentials:
+    """Credentials that may change between two connections; `papers` is called for each, from gRPC's threads.
+
+    It must be quick and must not raise. Open connections keep what they began with.
+    """
+    shown = papers()
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal shown
+        now = papers()
+        if now == shown:
+            return None  # no change
+        shown = now
+        return _configuration(now)
+
+    # The published types forget that None means "as before".
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(shown), cast("Callable[[], grpc.ServerCertificateConfiguration]", fetch), asks_for_certificates
+    )
+
+
+def _configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:
+    if pem.certificate is None or pem.key is None:
+        raise ConfigError("tls: the coordinator needs certificate_file and key_file")
+    return grpc.ssl_server_certificate_configuration([(pem.key, pem.certificate)], root_certificates=pem.authority)
 
 
 def is_loopback(address: str) -> bool:

@@ -8,16 +8,18 @@ that very header: no other names, no duplicates, no padding, no second way to wr
 import hashlib
 import json
 import math
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from common.adapter import Adapter, AdapterSpec, Array, Factors
 from common.errors import AdapterMismatch, NotFinite, OutOfBounds, WrongSize
@@ -132,8 +134,41 @@ def check_file(path: Path, layout: Layout, whose: str) -> None:
     Raises the same errors as decode, and OutOfBounds for a number beyond MAX_MAGNITUDE.
     """
     with path.open("rb") as file:
-        check_header(file.read(_start_bytes(layout)), path.stat().st_size, layout, whose)
-    check_numbers(_mapped(path), layout, whose)
+        check_header(file.read(_start_bytes(layout)), os.fstat(file.fileno()).st_size, layout, whose)
+        for name in layout.shapes:
+            for start, block in blocks_of(file, layout, name):
+                _check_values(block, name, whose, start)
+                _check_magnitude(block, name, whose, start)
+
+
+def blocks_of(file: BinaryIO, layout: Layout, name: str) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[Any]]]]:
+    """One tensor's numbers in their wire dtype, some at a time, each time with the index of the first.
+
+    Read and not mapped: a file may be larger than the memory that its reader is allowed.
+    Raises WrongSize if the file ends too soon.
+    """
+    count, dtype = math.prod(layout.shapes[name]), _NUMPY[layout.dtype]
+    for start in range(0, count, _CHECKED_BLOCK):
+        length = min(_CHECKED_BLOCK, count - start) * dtype.itemsize
+        raw = os.pread(file.fileno(), length, layout.offsets[name] + start * dtype.itemsize)
+        if len(raw) != length:
+            raise WrongSize(f"{name}: the file ends within it")
+        yield start, np.frombuffer(raw, dtype=dtype)
+
+
+def read_part(
+    file: BinaryIO, layout: Layout, name: str, *, rows: tuple[int, int], columns: tuple[int, int]
+) -> NDArray[np.float64]:
+    """A part of a matrix of a checked file, from row and column (inclusive) to row and column (exclusive)."""
+    dtype, width = _NUMPY[layout.dtype], layout.shapes[name][1]
+    if columns == (0, width):  # then the rows lie side by side
+        rows, columns, width, shape = (0, 1), (rows[0] * width, rows[1] * width), 0, (rows[1] - rows[0], width)
+    else:
+        shape = (rows[1] - rows[0], columns[1] - columns[0])
+    length = (columns[1] - columns[0]) * dtype.itemsize
+    starts = (layout.offsets[name] + (row * width + columns[0]) * dtype.itemsize for row in range(*rows))
+    raw = b"".join(os.pread(file.fileno(), length, start) for start in starts)
+    return np.frombuffer(raw, dtype=dtype).astype(np.float64).reshape(shape)
 
 
 def check_numbers(content: bytes | memoryview, layout: Layout, whose: str) -> None:
@@ -214,30 +249,36 @@ def _raw(content: bytes | memoryview, layout: Layout, name: str) -> np.ndarray[A
     return np.frombuffer(content, dtype=_NUMPY[layout.dtype], count=count, offset=layout.offsets[name])
 
 
-def _check_values(raw: np.ndarray[Any, np.dtype[Any]], name: str, whose: str) -> None:
+def _check_values(raw: np.ndarray[Any, np.dtype[Any]], name: str, whose: str, first: int = 0) -> None:
     for start in range(0, raw.size, _CHECKED_BLOCK):
-        finite = np.isfinite(raw[start : start + _CHECKED_BLOCK])
+        with np.errstate(invalid="ignore"):  # a signalling NaN is one more NaN, and no warning
+            finite = np.isfinite(raw[start : start + _CHECKED_BLOCK])
         if not finite.all():
             index = start + int(np.argmin(finite))
-            raise NotFinite(f"{whose}: {name} holds {raw[index]} at index {index}; only finite numbers are accepted")
+            raise NotFinite(
+                f"{whose}: {name} holds {raw[index]} at index {first + index}; only finite numbers are accepted"
+            )
 
 
-def _check_magnitude(raw: np.ndarray[Any, np.dtype[Any]], name: str, whose: str) -> None:
+def _check_magnitude(raw: np.ndarray[Any, np.dtype[Any]], name: str, whose: str, first: int = 0) -> None:
     for start in range(0, raw.size, _CHECKED_BLOCK):
         block = np.abs(raw[start : start + _CHECKED_BLOCK].astype(np.float32))
         if block.max(initial=0.0) > MAX_MAGNITUDE:
             index = start + int(block.argmax())
             raise OutOfBounds(
-                f"{whose}: {name} holds {raw[index]} at index {index}; at most {MAX_MAGNITUDE:g} is accepted"
+                f"{whose}: {name} holds {raw[index]} at index {first + index}; at most {MAX_MAGNITUDE:g} is accepted"
             )
 
 
 def _difference(start: bytes, layout: Layout) -> str:
     """A sentence on how a header that is not the expected one differs from it."""
     try:
-        found = _parse_header(start)
+        return _compared(_parse_header(start), layout)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         return f"not a safetensors header of {len(layout.shapes)} tensors; the file is truncated or damaged"
+
+
+def _compared(found: Mapping[str, tuple[str, list[int]]], layout: Layout) -> str:
     missing, extra = sorted(layout.shapes.keys() - found.keys()), sorted(found.keys() - layout.shapes.keys())
     if missing or extra:
         return f"tensor names differ: missing {_brief(missing)}, unexpected {_brief(extra)}"

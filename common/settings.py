@@ -16,7 +16,9 @@ from common.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "RAFLORA__"
 ADDRESS_VARIABLE = "RAFLORA_COORDINATOR"
+IDENTITY_VARIABLE = "RAFLORA_IDENTITY"
 DATA_VARIABLE = "RAFLORA_DATA"
+FAILPOINTS_VARIABLE = "RAFLORA_FAILPOINTS"
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 _SEPARATOR = "__"
 
@@ -65,10 +67,22 @@ def environment_keys(environ: Mapping[str, str] | None = None) -> tuple[str, ...
     return tuple(name.removeprefix(ENVIRONMENT_PREFIX).lower().replace(_SEPARATOR, ".") for name in names)
 
 
-def coordinator_address(environ: Mapping[str, str] | None = None) -> str:
+def environment_with(**changes: str) -> dict[str, str]:
+    """The environment of a process that we start, with these variables changed."""
+    return {**os.environ, **changes}
+
+
+def coordinator_address(environ: Mapping[str, str] | None = None, otherwise: str = "") -> str:
     """Where an observer looks for the coordinator when the command line does not say."""
     environment = os.environ if environ is None else environ
-    return environment.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
+    return environment.get(ADDRESS_VARIABLE) or otherwise or DEFAULT_ADDRESS
+
+
+def identity_folder(environ: Mapping[str, str] | None = None) -> Path | None:
+    """As whom an observer or operator comes when the command line does not say, if the environment does."""
+    environment = os.environ if environ is None else environ
+    folder = environment.get(IDENTITY_VARIABLE)
+    return Path(folder).expanduser() if folder else None
 
 
 def data_folder(environ: Mapping[str, str] | None = None) -> Path | None:
@@ -76,6 +90,12 @@ def data_folder(environ: Mapping[str, str] | None = None) -> Path | None:
     environment = os.environ if environ is None else environ
     folder = environment.get(DATA_VARIABLE)
     return Path(folder).expanduser() if folder else None
+
+
+def failpoints_plan(environ: Mapping[str, str] | None = None) -> str:
+    """Where a test wants this process to die or fail (see common.failpoints); empty: nowhere."""
+    environment = os.environ if environ is None else environ
+    return environment.get(FAILPOINTS_VARIABLE, "")
 
 
 def quiet_grpc_core() -> None:

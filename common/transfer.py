@@ -13,6 +13,7 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from common.errors import (
@@ -24,6 +25,7 @@ from common.errors import (
     WrongOffset,
     WrongSize,
 )
+from common.failpoints import reach
 
 CHUNK_BYTES = 1 << 20  # well under gRPC's 4 MiB default, so no side must raise it
 SYNC_BYTES = 16 << 20  # at most this much is sent again after a crash
@@ -76,6 +78,7 @@ class PartFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: bytes that a full disk refused must not be written again by a later flush.
         self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        reach("part.opened")
         self._written, self._synced = self._file.seek(0, os.SEEK_END), 0
         if self._written > expected.size_bytes:
             self._restart()
@@ -100,9 +103,11 @@ class PartFile:
                 f"{self._expected.whose}: more bytes than the {self._expected.size_bytes} that were announced"
             )
         with self._undone(self._written):
+            reach("part.writing")
             left = memoryview(data)
             while left:
                 left = left[self._file.write(left) :]
+        reach("part.written")
         self._written += len(data)
         if self._written - self._synced >= SYNC_BYTES:
             self.sync()
@@ -135,6 +140,7 @@ class PartFile:
                 f"expected {self._expected.size_bytes} with {self._expected.digest[:12]}; send them again"
             )
         self._file.close()
+        reach("part.checked")
         rename_durably(self._path, target)
 
     def close(self) -> None:
@@ -160,7 +166,9 @@ class PartFile:
             raise
 
     def _cut(self, size_bytes: int) -> None:
+        reach("part.truncating")
         self._file.truncate(size_bytes)
+        reach("part.truncated")
         self._file.seek(size_bytes)
         self._written, self._synced = size_bytes, min(self._synced, size_bytes)
 
@@ -168,15 +176,17 @@ class PartFile:
         self._cut(0)
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Writes a whole file so that after a crash it is there whole or not at all."""
+def write_durably(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Writes a whole file so that after a crash it is there whole or not at all; the umask takes from `mode`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two threads or processes may write the same content-addressed file at once.
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
-        with named_failures(path), part.open("wb") as file:
+        with named_failures(path), open(part, "wb", opener=partial(os.open, mode=mode)) as file:
+            reach("file.writing")
             file.write(content)
             file.flush()
+            reach("file.written")
             sync(file.fileno(), path)
         rename_durably(part, path)
     except TooBusy:
@@ -185,10 +195,19 @@ def write_durably(path: Path, content: bytes) -> None:
         raise
 
 
+def sweep_parts(folder: Path) -> None:
+    """Removes what writers that died in `write_durably` left in this folder. Only while nobody writes there."""
+    for part in folder.glob("*.part"):
+        part.unlink(missing_ok=True)
+        reach("part.swept")
+
+
 def rename_durably(source: Path, target: Path) -> None:
     """Gives a durable file its name. Raises StorageFailed, TooBusy."""
     with named_failures(target):
+        reach("file.renaming")
         os.replace(source, target)
+    reach("file.renamed")
     sync_folder(target.parent)
 
 
@@ -196,17 +215,22 @@ def sync_folder(folder: Path) -> None:
     """Makes renames and deletions inside a folder durable. Raises StorageFailed, TooBusy."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        with named_failures(folder):
+            reach("folder.syncing")
         sync(descriptor, folder)
     finally:
         os.close(descriptor)
+    reach("folder.synced")
 
 
 def sync(descriptor: int, path: Path) -> None:
     """Makes the bytes of an open file, or the names in an open folder, durable. Raises StorageFailed, TooBusy."""
     try:
+        reach("bytes.syncing")
         os.fsync(descriptor)
     except OSError as error:
         raise _named(error, path) from error
+    reach("bytes.synced")
 
 
 @contextmanager

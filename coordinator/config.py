@@ -1,5 +1,6 @@
 """What the operator decides: `raflora coordinator --config federation.toml`."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -210,7 +211,7 @@ class TrainingConfig(Section):
 class OrganisationLimits(Section):
     """One line of the table of limits; the first that matches an organisation replaces the general ones it sets."""
 
-    organisation: str
+    organisation: str = Field(min_length=1, max_length=200)
     """Its name; * and ? stand for anything. Without certificates every client is its own organisation."""
     max_examples: int | None = Field(default=None, ge=1)
     """See [limits]."""
@@ -239,8 +240,23 @@ class LimitsConfig(Section):
     """The process that looks at an upload is ended after so long."""
     inspection_memory_bytes: int = Field(default=2 << 30, ge=256 << 20)
     """And cannot hold more than this."""
+    adapter_bytes: int = Field(default=2 << 30, ge=1)
+    """Of the global adapter that the first worker's layers may found; adapter.spec is not bound by it."""
     organisations: tuple[OrganisationLimits, ...] = ()
     """Other limits for some: [[limits.organisations]]."""
+
+    @model_validator(mode="after")
+    def _every_line_can_be_meant(self) -> "LimitsConfig":
+        names = [row.organisation for row in self.organisations]
+        for place, (name, row) in enumerate(zip(names, self.organisations, strict=True)):
+            if not name.isprintable() or name != name.strip() or "[" in name:
+                raise ValueError(f"organisations: {name!r} is no pattern; only * and ? stand for anything")
+            earlier = next((other for other in names[:place] if fnmatchcase(name, other)), None)
+            if earlier is not None:
+                raise ValueError(f"organisations: {name!r} never counts, because {earlier!r} stands before it")
+            if row.model_fields_set <= {"organisation"}:
+                raise ValueError(f"organisations: {name!r} sets no limit")
+        return self
 
 
 class StoreConfig(Section):

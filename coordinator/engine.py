@@ -15,6 +15,7 @@ from typing import ParamSpec
 import structlog
 
 from common.errors import JournalConflict, RafloraError, StorageFailed, TooBusy, Unavailable
+from common.failpoints import reach
 from coordinator.clock import FederationClock
 from coordinator.federation.due import next_deadline
 from coordinator.federation.events import ClientJoined, Event, evolve
@@ -55,7 +56,7 @@ class Engine:
         self._federation = federation
         self._journal = journal
         self._carry_out = carry_out
-        self.state, self._sequence, at = _replay(federation, journal)
+        self.state, self._sequence, at = replay(federation, journal)
         self._clock = clock(at)
         self._started_at = self._clock.now()
         self._snapshot_at = self._sequence
@@ -73,6 +74,11 @@ class Engine:
     def now(self) -> float:
         """Federation seconds."""
         return self._clock.now()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it takes no further request."""
+        return self._has_ended or self._failure is not None
 
     @property
     def uptime_seconds(self) -> float:
@@ -188,7 +194,8 @@ class Engine:
         if events:
             try:
                 await self._commit(events, state, now)
-            except TooBusy as error:  # the disk is full: nothing was recorded, so nothing has happened
+                reach("events.adopted")
+            except (TooBusy, Unavailable) as error:  # a full or locked journal: nothing was recorded or has happened
                 for waiting, _ in answers:
                     _refuse(waiting, error)
                 log.error("nothing can be recorded", why=str(error))
@@ -224,7 +231,7 @@ class Engine:
         try:
             body = snapshot_of(self.state)
             await self._write(self._journal.save_snapshot, self._federation, self._sequence, body)
-        except TooBusy as error:  # the events are recorded; only a restart has more to read
+        except (TooBusy, Unavailable) as error:  # the events are recorded; only a restart has more to read
             log.warning("no snapshot", why=str(error))
             return
         self._snapshot_at = self._sequence
@@ -249,7 +256,7 @@ def _ending() -> Unavailable:
     return Unavailable("the coordinator is ending; ask again when it is back")
 
 
-def _replay(federation: str, journal: Journal) -> tuple[State, int, float]:
+def replay(federation: str, journal: Journal) -> tuple[State, int, float]:
     """State, sequence and federation time at the journal's end. Raises CorruptStore."""
     state, sequence, at = State(), 0, 0.0
     snapshot = journal.latest_snapshot(federation)

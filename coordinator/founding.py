@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
@@ -10,15 +10,30 @@ import structlog
 
 from common.adapter import AdapterSpec, initial_adapter
 from common.codec import encode
-from common.errors import BaseModelMismatch, ConfigError, NothingPublished, SpecMismatch, StorageFailed, WrongRank
+from common.errors import (
+    BaseModelMismatch,
+    ConfigError,
+    NothingPublished,
+    SpecMismatch,
+    StorageFailed,
+    TooBusy,
+    Unavailable,
+    WrongRank,
+)
+from common.failpoints import reach
 from coordinator.aggregation.methods import make_method
 from coordinator.config import CoordinatorConfig
 from coordinator.engine import Engine
 from coordinator.federation.requests import Found
+from coordinator.federation.state import Kind
 from coordinator.manifest import Manifest, check_unchanged, read_spec_file
 from coordinator.slices import Slices
 from coordinator.stores.blobs import BlobStore, FileBlobs
+from coordinator.stores.disk import Disk, DiskLimits
 from coordinator.stores.uploads import UploadSpool
+
+ROOM_PAUSE_SECONDS = 1.0  # after the first try on a full disk or into a locked journal, then ever longer
+MAX_ROOM_PAUSE_SECONDS = 60.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,11 +49,13 @@ class Foundation:
         self.config = config
         self.engine = engine
         self.blobs = blobs
-        self.uploads = UploadSpool(config.state_dir / "uploads", blobs, config.server.max_uploads)
+        self.disk = Disk(config.state_dir, DiskLimits(config.limits.disk_bytes, config.limits.min_free_bytes))
+        self.uploads = UploadSpool(config.state_dir / "uploads", blobs, config.server.max_uploads, self.disk)
         self.manifest: Manifest | None = None
         self._slices: Slices | None = None
         self._founding = asyncio.Lock()
         self._pins: Counter[str] = Counter()
+        self.obstacle = ""  # what cannot be done for lack of room, and why; it will be when there is some
         if engine.state.manifest_digest:
             self._adopt(Manifest.from_content(blobs.verify(engine.state.manifest_digest).read_bytes()))
             check_unchanged(self.known_manifest, config)
@@ -71,7 +88,9 @@ class Foundation:
             check_base_model(self.config.model.base_model_digest, base_model_digest, whose)
             manifest = Manifest.of(self.config, spec, base_model_digest)
             request = await self.on_disk(found, manifest, self.blobs)
+            reach("federation.founding")
             transition = await self.engine.submit(request)
+            reach("federation.founded")
             # The journal's, not ours: a caller that hung up after its own was recorded may have come before.
             path = await self.on_disk(self.blobs.verify, transition.state.manifest_digest)
             self._adopt(Manifest.from_content(path.read_bytes()))
@@ -92,6 +111,23 @@ class Foundation:
                 raise
 
         return await asyncio.to_thread(watched)
+
+    async def when_there_is_room(self, what: str, work: Callable[[], Awaitable[T]]) -> T:
+        """The work's result. A full disk or a locked journal is waited out, and the status says so meanwhile."""
+        pause = ROOM_PAUSE_SECONDS
+        try:
+            while True:
+                try:
+                    return await work()
+                except (TooBusy, Unavailable) as error:
+                    if self.engine.has_ended:
+                        raise
+                    self.obstacle = f"{what}: {error}"
+                    log.error("waiting for room", what=what, why=str(error), pause_seconds=pause)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, MAX_ROOM_PAUSE_SECONDS)
+        finally:
+            self.obstacle = ""
 
     @contextmanager
     def pinned(self, digest: str) -> Iterator[None]:
@@ -115,15 +151,23 @@ class Foundation:
             self.blobs.delete(digest)
 
     def _needed(self) -> set[str]:
-        state, keep = self.engine.state, set(self._pins)
-        keep |= {state.manifest_digest, state.adapter_digest}
+        state = self.engine.state
+        keep = {*self._pins, *state.required_blobs}
         keep |= {r.adapter_digest for r in state.history[-self.config.store.keep_rounds :]}
-        if state.open is not None:
-            keep |= {c.update.digest for c in state.open.contributions}
-            keep |= {a.slice_digest for a in state.open.assignments}
         if self._slices is not None:
             keep |= self._slices.digests()
         return keep
+
+    def expected_uploaders(self) -> list[str]:
+        """The clients that may still upload for the open round; what others began is of no use to anybody."""
+        state = self.engine.state
+        assignments = state.open.assignments if state.open is not None and state.open.kind is Kind.TRAIN else ()
+        return [a.client_id for a in assignments if state.takeable_by(a.client_id) is not None]
+
+    def warnings(self) -> list[str]:
+        """What the disk keeps from happening, in sentences; docs/operations.md says what to do about each."""
+        refusal = self.disk.refusal
+        return [*([self.obstacle] if self.obstacle else []), *([f"uploads are refused: {refusal}"] if refusal else [])]
 
     def _granted_ranks(self) -> set[int]:
         return {client.rank for client in self.engine.state.clients.values()}

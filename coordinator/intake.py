@@ -11,20 +11,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-import numpy as np
 import structlog
 
-from common.codec import Layout, check_file, read_module
-from common.errors import AdapterMismatch, InvalidRequest, TooBusy, UnknownTask, WrongRank, WrongSize
+from common.errors import CorruptTransfer, InspectionFailed, InvalidRequest, TooBusy, UnknownTask, WrongRank, WrongSize
+from common.failpoints import reach
 from common.transfer import check_digest
-from coordinator.federation.requests import Outcome, SubmitEvaluation, SubmitUpdate
+from coordinator.federation.requests import MAX_EXAMPLES, Outcome, SubmitEvaluation, SubmitUpdate
 from coordinator.federation.state import Assignment, Client, Kind
 from coordinator.founding import Foundation
+from coordinator.inspection import Inspection
+from coordinator.inspectors import Allowance, Inspectors
+from coordinator.limits import Ledger, partition_bounds
 from coordinator.slices import BlobReference
 from coordinator.stores.uploads import Upload
 
 MAX_METRICS = 64
-MAX_EXAMPLES = 1 << 32
+MAX_METRIC_NAME_CHARS = 100
+MAX_METRIC = 1e30  # weighted means over a federation stay finite
+MAX_TRAINING_SECONDS = 1e9
 CHUNK_WAIT_SECONDS = 60.0  # a sender that is silent for longer has gone; it resumes at its offset
 STREAM_SECONDS = 600.0  # then it resumes too: who sends byte by byte must not hold a place that others need
 
@@ -36,8 +40,19 @@ log = structlog.get_logger()
 class Intake:
     """Takes bytes in and commits them. `known_member` says who may, and notes that it is alive."""
 
-    def __init__(self, foundation: Foundation, known_member: Callable[[str, str], Awaitable[Client]]) -> None:
+    def __init__(
+        self,
+        foundation: Foundation,
+        known_member: Callable[[str, str], Awaitable[Client]],
+        organisation_of: Callable[[str], str] = str,  # without certificates a client is its own organisation
+        inspectors: Inspectors | None = None,
+    ) -> None:
+        limits = foundation.config.limits
         self.bytes_received = 0  # since this process started
+        self.ledger = Ledger(limits, organisation_of, foundation.engine.state, foundation.engine.now)
+        self._inspectors = inspectors or Inspectors(
+            Allowance(limits.inspection_seconds, limits.inspection_memory_bytes)
+        )
         self._foundation = foundation
         self._engine = foundation.engine
         self._known_member = known_member
@@ -45,6 +60,10 @@ class Intake:
         self._unfinished: set[asyncio.Task[Any]] = set()
         # By client; gone with the last user.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def close(self) -> None:
+        """Ends the inspections that are under way."""
+        self._inspectors.close()
 
     async def begin_upload(self, client_id: str, enrol_key: str, reference: BlobReference) -> int:
         """How much of an upload is durable. Raises UnknownTask without a task, WrongRank or WrongSize if none fits."""
@@ -57,6 +76,7 @@ class Intake:
         if assignment.update is not None and assignment.update.digest == reference.digest:
             return reference.size_bytes  # accepted before; the submission will say so
         self._check_size(assignment, reference.size_bytes)
+        self.ledger.announce(client_id, reference.digest, reference.size_bytes, self._engine.now)
         return await self._foundation.on_disk(self._uploads.begin, client_id, reference.digest, reference.size_bytes)
 
     async def receive(
@@ -64,6 +84,10 @@ class Intake:
     ) -> int:
         """Takes a stream of chunks from an offset; what is durable at its end. Raises TooBusy if it takes too long."""
         await self._known_member(client_id, enrol_key)
+        with self.ledger.stream(client_id):
+            return await self._receive(client_id, digest, offset, chunks)
+
+    async def _receive(self, client_id: str, digest: str, offset: int, chunks: AsyncIterator[bytes]) -> int:
         on_disk, whose = self._foundation.on_disk, f"client {client_id!r}"
         upload: Upload = await self._to_the_end(on_disk(self._uploads.open, client_id, digest), _close)
         ends_at = asyncio.get_running_loop().time() + STREAM_SECONDS
@@ -71,13 +95,18 @@ class Intake:
             while True:
                 chunk = await _next_of(chunks, ends_at, whose)
                 if chunk is None:
+                    reach("upload.ending")
                     return await on_disk(upload.finish)
                 if not chunk:
                     raise InvalidRequest(f"{whose}: an empty chunk at byte {offset}")
                 await on_disk(upload.append, offset, chunk)
                 offset += len(chunk)
                 self.bytes_received += len(chunk)
+                del chunk  # a sender that falls silent must not hold a megabyte
                 self._engine.hear(client_id)  # a long upload is a sign of life
+        except CorruptTransfer:
+            self.ledger.forget(client_id)
+            raise
         finally:
             await on_disk(upload.close)
 
@@ -91,6 +120,7 @@ class Intake:
         client_id, update = request.client_id, request.update
         await self._known_member(client_id, enrol_key)
         _check_numbers(client_id, update.num_examples, update.metrics, update.training_seconds)
+        self.ledger.check_examples(client_id, update.num_examples)
         # One at a time for each client: a repetition finds what became of the first, not its half-moved files.
         turn = self._turns.setdefault(client_id, asyncio.Lock())
         await turn.acquire()
@@ -100,6 +130,7 @@ class Intake:
         """Records an evaluation."""
         await self._known_member(request.client_id, enrol_key)
         _check_numbers(request.client_id, request.evaluation.num_examples, request.evaluation.metrics)
+        self.ledger.check_examples(request.client_id, request.evaluation.num_examples)
         return (await self._engine.submit(request)).outcome
 
     async def _submit_in_turn(self, request: SubmitUpdate, turn: asyncio.Lock) -> Outcome:
@@ -115,26 +146,45 @@ class Intake:
         opened, asked = state.open, (request.number, Kind.TRAIN)
         if opened is None or assignment is None or (opened.number, opened.kind) != asked:
             return (await self._engine.submit(request)).outcome
-        path = await on_disk(self._uploads.completed_path, client_id, update.digest)
-        manifest, whose = self._foundation.known_manifest, f"client {client_id!r}, round {request.number}"
-        layout = manifest.layout(assignment.rank)
+        path = await on_disk(self._uploads.checked_path, client_id, update.digest)
         try:
-            await on_disk(check_file, path, layout, whose)
-            if manifest.freezes_lora_A and assignment.slice_digest:
-                handed_out = self._foundation.blobs.open(assignment.slice_digest)
-                await on_disk(check_lora_A_is_kept, path, handed_out, layout, whose)
-        except InvalidRequest:
+            size_bytes = await self._inspect(path, request, assignment)
+        except InvalidRequest as error:
+            if isinstance(error, InspectionFailed):
+                log.error("inspection failed", client=client_id, round=request.number, why=str(error))
+            self.ledger.forget(client_id)
             await on_disk(self._uploads.discard, client_id, update.digest)
             raise
-        return await self._commit(replace(request, update=replace(update, size_bytes=layout.size_bytes)))
+        reach("update.checked")
+        return await self._commit(replace(request, update=replace(update, size_bytes=size_bytes)))
+
+    async def _inspect(self, path: Path, request: SubmitUpdate, assignment: Assignment) -> int:
+        """The file's length, after a process of its own has looked at it. Raises AdapterMismatch and its kin."""
+        manifest, limits = self._foundation.known_manifest, self._foundation.config.limits
+        keeps_lora_A = manifest.freezes_lora_A and assignment.slice_digest
+        ranks = [client.rank for client in self._engine.state.clients.values()]
+        inspection = Inspection(
+            path=path,
+            layout=manifest.layout(assignment.rank),
+            whose=f"client {request.client_id!r}, round {request.number}",
+            handed_out=self._foundation.blobs.open(assignment.slice_digest) if keeps_lora_A else None,
+            bounds=() if limits.max_partition_norm is None else partition_bounds(ranks, assignment.rank),
+            scaling=manifest.scaling(assignment.rank),
+        )
+        norms = await self._inspectors.inspect(inspection)
+        self.ledger.check_norms(request.client_id, inspection.bounds, norms)
+        return inspection.layout.size_bytes
 
     async def _commit(self, request: SubmitUpdate) -> Outcome:
         client_id, digest = request.client_id, request.update.digest
         with self._foundation.pinned(digest):
             await self._foundation.on_disk(self._uploads.commit, client_id, digest)
+            reach("update.stored")
             outcome = (await self._engine.submit(request)).outcome
+        reach("update.recorded")
         if outcome is Outcome.ACCEPTED:
             log.info("update accepted", client=client_id, round=request.number, digest=digest[:12])
+            self.ledger.forget(client_id)
             await self._foundation.on_disk(self._uploads.discard, client_id, digest)
         return outcome
 
@@ -167,20 +217,6 @@ class Intake:
             raise
 
 
-def check_lora_A_is_kept(update: Path, handed_out: Path, layout: Layout, whose: str) -> None:
-    """Raises AdapterMismatch unless every lora_A of an update is that of the slice it was trained from.
-
-    A worker that does not know the plan's `freezes_lora_a` would train it, and the method would average nonsense.
-    """
-    for module in layout.spec.modules:
-        kept, found = (read_module(path, layout, module.name).lora_A for path in (handed_out, update))
-        if not np.array_equal(kept, found):
-            raise AdapterMismatch(
-                f"{whose}: {module.name}.lora_A was trained, but this federation's method keeps lora_A as it is; "
-                "is the worker older than the coordinator?"
-            )
-
-
 async def _next_of(chunks: AsyncIterator[bytes], ends_at: float, whose: str) -> bytes | None:
     """The next chunk, or None after the last. Raises TooBusy if it does not come in time."""
     now = asyncio.get_running_loop().time()
@@ -208,8 +244,22 @@ def _close(upload: Upload) -> None:
 def _check_numbers(client_id: str, num_examples: int, metrics: Mapping[str, float], seconds: float = 0.0) -> None:
     if not 1 <= num_examples <= MAX_EXAMPLES:
         raise InvalidRequest(f"client {client_id!r}: num_examples {num_examples}; 1 to {MAX_EXAMPLES} are accepted")
-    if len(metrics) > MAX_METRICS or any(len(name) > 100 for name in metrics):
-        raise InvalidRequest(f"client {client_id!r}: {len(metrics)} metrics; at most {MAX_METRICS} short names")
+    if len(metrics) > MAX_METRICS:
+        raise InvalidRequest(f"client {client_id!r}: {len(metrics)} metrics; at most {MAX_METRICS} are accepted")
+    for name in metrics:
+        # They stand in logs, on terminals and in columns of tables.
+        if not (name.isascii() and name.isprintable() and 0 < len(name) <= MAX_METRIC_NAME_CHARS):
+            raise InvalidRequest(
+                f"client {client_id!r}: {name[:MAX_METRIC_NAME_CHARS]!r} cannot be a metric's name; "
+                f"1 to {MAX_METRIC_NAME_CHARS} visible ASCII characters are accepted"
+            )
     bad = [name for name, value in [*metrics.items(), ("training_seconds", seconds)] if not math.isfinite(value)]
     if bad:
         raise InvalidRequest(f"client {client_id!r}: {bad[0]} is not finite")
+    huge = next((name for name, value in metrics.items() if abs(value) > MAX_METRIC), None)
+    if huge is not None:
+        raise InvalidRequest(f"client {client_id!r}: {huge} is {metrics[huge]:g}; at most {MAX_METRIC:g} is accepted")
+    if not 0.0 <= seconds <= MAX_TRAINING_SECONDS:
+        raise InvalidRequest(
+            f"client {client_id!r}: training_seconds {seconds:g}; 0 to {MAX_TRAINING_SECONDS:g} are accepted"
+        )

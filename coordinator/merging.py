@@ -11,6 +11,7 @@ import structlog
 
 from common.codec import encode
 from common.errors import NotFinite
+from common.failpoints import reach
 from coordinator.aggregation.report import RoundReport
 from coordinator.aggregation.round import AggregationInput, AggregationJob, aggregate, initialise_pool
 from coordinator.federation.step import Aggregate
@@ -81,7 +82,9 @@ def merge(
         aggregated = aggregate(job, pool.map if pool else map)
     except np.linalg.LinAlgError as error:
         raise NotFinite(f"round {command.number}: the singular values did not converge: {error}") from error
+    reach("adapter.merged")
     digest = blobs.put(encode(aggregated.adapter))
+    reach("adapter.stored")
     report = aggregated.report
     seconds = time.perf_counter() - started
     log.info(

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import structlog
 
 from common.adapter import Adapter
-from common.errors import RafloraError, StorageFailed
+from common.errors import RafloraError, StorageFailed, TooBusy
+from common.failpoints import reach
+from common.transfer import is_disk_full
 from coordinator.federation.requests import AbortRound, Outcome, Publish
 from coordinator.federation.state import Membership
-from coordinator.federation.step import Aggregate
+from coordinator.federation.step import Aggregate, pending
 from coordinator.founding import Foundation
 from coordinator.manifest import Manifest
 from coordinator.merging import Merged, make_pool, merge
@@ -48,19 +50,26 @@ class Publisher:
     async def carry_out(self, command: Aggregate) -> None:
         """Publishes the merged adapter, or aborts the round with the reason. Any other error is fatal."""
         self._merging += 1
+        reach("round.merging")
         try:
-            merged = await self._merge(command)
+            wait, what = self._foundation.when_there_is_room, f"round {command.number} is closed but not yet published"
+            merged = await wait(what, lambda: self._merge(command))
             if merged is not None:
-                await self._publish(command, merged)
+                await wait(what, lambda: self._publish(command, merged))
         finally:
             self._merging -= 1
-        await self.sweep()
+        reach("round.sweeping")
+        try:
+            await self.sweep()
+        except TooBusy as error:  # the next sweep does what this one could not
+            log.warning("not everything could be swept", why=str(error))
+        reach("round.swept")
 
     async def sweep(self) -> None:
         """Brings the disk in line with the journal, at start and after every round: what a crash left undone is done.
 
-        Deletes the blobs that nothing refers to and the uploads of clients that have gone, and exports the newest
-        adapter unless this process has done so.
+        Deletes the blobs that nothing refers to and the uploads that nobody waits for any more, and exports the
+        newest adapter unless this process has done so.
         """
         foundation = self._foundation
         if foundation.manifest is None:
@@ -68,9 +77,10 @@ class Publisher:
         await foundation.slices.settle()  # a slice that is being written has no name yet to keep it by
         if not self._merging:  # likewise what a merge writes; it sweeps when it is done
             foundation.sweep()
-        gone = (Membership.LEFT, Membership.EVICTED)
         clients = foundation.engine.state.clients.values()
-        await foundation.on_disk(foundation.uploads.sweep, [c.client_id for c in clients if c.membership not in gone])
+        gone = [c.client_id for c in clients if c.membership in (Membership.LEFT, Membership.EVICTED)]
+        await foundation.on_disk(foundation.uploads.sweep, foundation.expected_uploaders(), gone)
+        await foundation.on_disk(foundation.disk.measure)
         if self._on_published is not None:
             await self._export_newest(self._on_published)
 
@@ -78,6 +88,8 @@ class Publisher:
         foundation = self._foundation
         manifest, state = foundation.known_manifest, foundation.engine.state
         levels = state.rank_levels
+        if command not in pending(state):  # aborted while it waited for room
+            return None
         try:
             try:
                 return await foundation.on_disk(merge, command, manifest, levels, foundation.blobs, self._pool)
@@ -86,9 +98,11 @@ class Publisher:
                 self.close()
                 self._pool = make_pool(foundation.config.aggregation.processes)
                 return await foundation.on_disk(merge, command, manifest, levels, foundation.blobs, self._pool)
-        except StorageFailed:
+        except (StorageFailed, TooBusy):
             raise
         except (RafloraError, OSError, MemoryError, BrokenExecutor) as error:
+            if is_disk_full(error):
+                raise TooBusy("the coordinator's disk is full") from error
             log.error("aggregation failed", round=command.number, error=str(error))
             opened = foundation.engine.state.open
             if opened is not None and (opened.number, opened.attempt) == (command.number, command.attempt):
@@ -96,8 +110,10 @@ class Publisher:
             return None
 
     async def _publish(self, command: Aggregate, merged: Merged) -> None:
+        reach("round.publishing")
         publish = Publish(command.number, command.attempt, merged.adapter_digest, merged.to_json())
         outcome = (await self._foundation.engine.submit(publish)).outcome
+        reach("round.published")
         if outcome is not Outcome.ACCEPTED:
             log.info("the round was aborted while it was merged", round=command.number, attempt=command.attempt)
 
@@ -114,7 +130,9 @@ class Publisher:
         foundation, manifest = self._foundation, self._foundation.known_manifest
         try:
             adapter = await foundation.on_disk(read_global_adapter, foundation.blobs, manifest, digest)
+            reach("adapter.exporting")
             await foundation.on_disk(export, PublishedAdapter(adapter, manifest, number))
+            reach("adapter.exported")
         except StorageFailed:
             raise
         except Exception as error:  # somebody else's code: what is published stays published

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable
 
 import grpc
@@ -14,19 +15,24 @@ from raflora.v1 import (
     admin_pb2_grpc,
     federation_pb2,
     federation_pb2_grpc,
+    identity_pb2,
+    identity_pb2_grpc,
     status_pb2,
     status_pb2_grpc,
 )
 
-from common.channel import Keepalive, Tls, is_loopback, server_credentials, server_options
+from common.channel import Keepalive, rotating_server_credentials, server_options
 from common.errors import ConfigError
-from coordinator.config import CoordinatorConfig, ServerConfig
+from coordinator.config import CoordinatorConfig
 from coordinator.founding import check_settings
+from coordinator.identity.security import Security, security_of
 from coordinator.narrator import narrate
 from coordinator.publishing import PublishedAdapter
 from coordinator.service import CoordinatorService
+from coordinator.servicers.access import AccessInterceptor
 from coordinator.servicers.admin import AdminServicer
 from coordinator.servicers.federation import FederationServicer
+from coordinator.servicers.identity import IdentityServicer
 from coordinator.servicers.interceptor import ErrorInterceptor
 from coordinator.servicers.status import StatusServicer
 from coordinator.stores.blobs import FileBlobs
@@ -43,6 +49,7 @@ SERVICES = tuple(
         (admin_pb2.DESCRIPTOR, "AdminService"),
     )
 )
+IDENTITY_SERVICE = identity_pb2.DESCRIPTOR.services_by_name["IdentityService"].full_name  # with an authority only
 log = structlog.get_logger()
 
 
@@ -51,24 +58,26 @@ async def run_coordinator(
     *,
     on_published: Callable[[PublishedAdapter], None] | None = None,
     on_listening: Callable[[str], None] | None = None,
+    wall_clock: Callable[[], float] = time.time,
 ) -> None:
     """Serves until SIGTERM or SIGINT. Raises ConfigError, StateInUse or CorruptStore if it cannot start.
 
     Raises StorageFailed as soon as the disk fails to keep what it was given, so that nothing is promised on top of it.
 
     `on_listening` is told the address once calls are answered; `on_published` runs in a thread after each round.
+    By `wall_clock` (unix seconds) certificates begin and end, and nothing else.
     """
     check_settings(config)
-    tls = _tls_of(config.server)
+    security = security_of(config.server, wall_clock)
     with lock_state_folder(config.state_dir):
         blobs = FileBlobs(config.state_dir / "blobs")
         claim_state_folder(config.state_dir, _owner_of(config), blobs)
         blobs.sweep()
         journal = SqlJournal(config.store.journal or f"sqlite:///{config.state_dir / 'journal.sqlite'}")
         try:
-            service = CoordinatorService(config, journal, blobs, on_published)
+            service = CoordinatorService(config, journal, blobs, on_published, security)
             try:
-                await _serve(config, service, tls, on_listening)
+                await _serve(config, service, on_listening)
             except BaseExceptionGroup as group:
                 raise _first_of(group) from group
             finally:
@@ -80,27 +89,32 @@ async def run_coordinator(
 async def _serve(
     config: CoordinatorConfig,
     service: CoordinatorService,
-    tls: Tls | None,
     on_listening: Callable[[str], None] | None,
 ) -> None:
+    gate, issuer = service.security.gate, service.security.issuer
+    access = [AccessInterceptor(gate)] if gate else []
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(service.engine.end_with)], options=server_options(Keepalive())
+        interceptors=[ErrorInterceptor(service.engine.end_with), *access], options=server_options(Keepalive())
     )
+    served = SERVICES if issuer is None else (*SERVICES, IDENTITY_SERVICE)
     federation_pb2_grpc.add_FederationServiceServicer_to_server(FederationServicer(service), server)
     status_pb2_grpc.add_StatusServiceServicer_to_server(StatusServicer(service), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(service), server)
+    if issuer is not None:
+        identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(issuer), server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     if config.server.reflection:
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    address = _bind(server, config.server.listen, tls)
+        reflection.enable_server_reflection((*served, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    address = _bind(server, config.server.listen, service.security)
     stopping = _stop_on_signals()
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(service.run()), group.create_task(narrate(service))]
+        running += [group.create_task(interceptor.watch()) for interceptor in access]
         await server.start()
-        for name in ("", *SERVICES):
+        for name in ("", *served):
             await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
-        log.info("listening", address=address, tls=tls is not None, status=service.explanation())
+        log.info("listening", address=address, security=service.security.sentence, status=service.explanation())
         if on_listening is not None:
             on_listening(address)
         try:
@@ -118,22 +132,15 @@ def _owner_of(config: CoordinatorConfig) -> Owner:
     return Owner(config.name, public_name(config.store.journal) if config.store.journal else "")
 
 
-def _tls_of(server: ServerConfig) -> Tls | None:
-    if server.tls is not None:
-        return Tls(server.tls.ca_file, server.tls.certificate_file, server.tls.key_file)
-    if not is_loopback(server.listen) and not server.insecure:
-        raise ConfigError(
-            f"server.listen: {server.listen} can be reached from other machines; set [server.tls], or "
-            "server.insecure = true if a private network or a tunnel protects it"
-        )
-    return None
-
-
-def _bind(server: grpc.aio.Server, listen: str, tls: Tls | None) -> str:
+def _bind(server: grpc.aio.Server, listen: str, security: Security) -> str:
     try:
-        port = (
-            server.add_insecure_port(listen) if tls is None else server.add_secure_port(listen, server_credentials(tls))
-        )
+        if security.papers is None:
+            port = server.add_insecure_port(listen)
+        else:
+            credentials = rotating_server_credentials(
+                security.papers, asks_for_certificates=security.asks_for_certificates
+            )
+            port = server.add_secure_port(listen, credentials)
     except RuntimeError as error:
         raise ConfigError(
             f"server.listen: {listen} cannot be bound; is another coordinator running? ({error})"

@@ -4,11 +4,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import isfinite
 
 import structlog
 
 from common.adapter import AdapterSpec
-from common.errors import NothingPublished, RafloraError, UnknownBlob
+from common.errors import IdentityConflict, InvalidRequest, NothingPublished, RafloraError, UnknownBlob
+from common.plain import plain
 from common.transfer import check_digest
 from coordinator.aggregation.forecast import CollapseForecast, forecast_collapse
 from coordinator.config import CoordinatorConfig
@@ -37,14 +39,18 @@ from coordinator.federation.state import (
 )
 from coordinator.federation.step import Command
 from coordinator.founding import Foundation, check_base_model, check_spec
+from coordinator.identity.security import Security, security_of
 from coordinator.intake import Intake
+from coordinator.limits import check_founding_size
 from coordinator.manifest import Manifest, RoundPlan
 from coordinator.publishing import PublishedAdapter, Publisher
+from coordinator.sessions import Sessions, conflict_of
 from coordinator.slices import BlobReference
 from coordinator.stores.blobs import FileBlobs
 from coordinator.stores.journal import Journal
 
 MAX_POLL_SECONDS = 45.0
+MAX_FAILURE_CHARS = 500
 
 log = structlog.get_logger()
 
@@ -92,13 +98,16 @@ class CoordinatorService:
         journal: Journal,
         blobs: FileBlobs,
         on_published: Callable[[PublishedAdapter], None] | None = None,
+        security: Security | None = None,
     ) -> None:
         self.config = config
+        self.security = security or security_of(config.server)
         self.blobs = blobs
         self.counters = Counters()
+        self.sessions = Sessions()
         self.engine = Engine(config.name, journal, self._carry_out)
         self.foundation = Foundation(config, self.engine, blobs)
-        self.intake = Intake(self.foundation, self.known_member)
+        self.intake = Intake(self.foundation, self.known_member, self.security.organisation_of)
         self._publisher = Publisher(self.foundation, on_published)
         self._commands = asyncio.TaskGroup()  # an error in one of them is fatal, as in the engine
 
@@ -106,13 +115,17 @@ class CoordinatorService:
         """The engine, and the founding if the spec is known from a file. Until cancelled; an error is fatal."""
         async with self._commands:
             self._commands.create_task(self.engine.run())
-            await self.foundation.found_from_file()
-            await self._apply_rules()
-            await self._publisher.sweep()
+            await self.foundation.when_there_is_room("the federation is not started", self._start)
 
     def close(self) -> None:
         """Ends the helper processes."""
+        self.intake.close()
         self._publisher.close()
+
+    async def _start(self) -> None:
+        await self.foundation.found_from_file()
+        await self._apply_rules()
+        await self._publisher.sweep()
 
     def _carry_out(self, command: Command) -> None:
         self._commands.create_task(self._publisher.carry_out(command))
@@ -126,19 +139,33 @@ class CoordinatorService:
         try:
             return await self._admit(Join(client_id, enrol_key, profile), spec, base_model_digest)
         except RafloraError as error:
-            self.counters.refusals.append(str(error))
+            self.counters.refusals.append(plain(str(error), MAX_FAILURE_CHARS))
             raise
 
     async def _admit(self, request: Join, spec: AdapterSpec, base_model_digest: str) -> Client:
         client_id, whose = request.client_id, f"client {request.client_id[:80]!r}"
         check_join(request)  # before it may found anything
+        self.intake.ledger.check_examples(client_id, request.profile.num_examples)
         check_digest(base_model_digest, whose)
+        if self.foundation.manifest is None:
+            check_founding_size(self.config.limits, spec, self.config.adapter.global_rank, whose)
         await self.foundation.found_if_new(spec, base_model_digest, whose)
         check_base_model(self.foundation.known_manifest.base_model_digest, base_model_digest, whose)
         check_spec(self.foundation.known_manifest, spec, whose)
         transition = await self.engine.submit(request)
         self.engine.hear(client_id)
         return transition.state.clients[client_id]
+
+    async def make_way(self, client_id: str, enrol_key: str) -> None:
+        """Frees a name from its earlier key, for a caller to whom the registry gave the name with this key."""
+        known = self.engine.state.clients.get(client_id)
+        if known is None or known.membership not in (Membership.ACTIVE, Membership.LOST):
+            return
+        try:
+            member(self.engine.state, client_id, enrol_key)
+        except IdentityConflict:
+            log.info("client comes back with a new key", client=client_id)
+            await self.engine.submit(Leave(client_id))
 
     async def leave(self, client_id: str, enrol_key: str) -> None:
         """The client says good-bye."""
@@ -155,12 +182,21 @@ class CoordinatorService:
 
     # ------------------------------------------------------------ tasks
 
-    async def next_task(self, client_id: str, enrol_key: str, wait_seconds: float) -> Task | None:
-        """The client's task, leased to it, as soon as there is one; None after the wait or at the end."""
+    async def next_task(self, client_id: str, enrol_key: str, wait_seconds: float, session: str = "") -> Task | None:
+        """The client's task, leased to it, as soon as there is one; None after the wait or at the end.
+
+        Raises IdentityConflict if a newer session speaks for the client, or begins to.
+        """
+        await self.known_member(client_id, enrol_key)
+        self.sessions.hear(client_id, session, self.engine.now)
+        if not isfinite(wait_seconds):  # a timer that is due at NaN would never let the others come in order
+            raise InvalidRequest(f"client {client_id!r}: wait_seconds {wait_seconds}; a finite number is expected")
         deadline = self.engine.now + min(max(wait_seconds, 0.0), MAX_POLL_SECONDS)
         while True:
             version = self.engine.version
             await self.known_member(client_id, enrol_key)
+            if not self.sessions.is_newest(client_id, session):
+                raise conflict_of(client_id)  # or a caller that has died would take the task from its successor
             opened = self.engine.state.open
             assignment = self.engine.state.takeable_by(client_id)
             if opened is not None and assignment is not None:
@@ -188,8 +224,9 @@ class CoordinatorService:
     async def fail_task(self, client_id: str, enrol_key: str, lease_token: int, failure: str) -> bool:
         """Takes a task back; True if the client may be given it again."""
         await self.known_member(client_id, enrol_key)
-        transition = await self.engine.submit(Fail(client_id, lease_token, failure[:500]))
-        log.warning("task failed", client=client_id, failure=failure[:500])
+        failure = plain(failure, MAX_FAILURE_CHARS)
+        transition = await self.engine.submit(Fail(client_id, lease_token, failure))
+        log.warning("task failed", client=client_id, failure=failure)
         opened = transition.state.open
         assignment = opened.assignment_of(client_id) if opened else None
         return assignment is not None and not assignment.is_failed

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from common.adapter import Adapter, slice_adapter
 from common.codec import Layout, decode, encode
+from common.failpoints import reach
 from coordinator.manifest import Manifest
 from coordinator.stores.blobs import BlobStore
 
@@ -89,7 +90,10 @@ class Slices:
         adapter = read_global_adapter(self._blobs, self._manifest, adapter_digest)
         cut = slice_adapter(adapter, rank, scaling=self._manifest.scaling(rank))
         content = encode(cut, self._manifest.adapter.wire_dtype)
-        return BlobReference(self._blobs.put(content), len(content))
+        reach("slice.made")
+        reference = BlobReference(self._blobs.put(content), len(content))
+        reach("slice.stored")
+        return reference
 
 
 def read_global_adapter(blobs: BlobStore, manifest: Manifest, digest: str) -> Adapter:

@@ -24,6 +24,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
 HEAVY = frozenset({"torch", "torchvision", "transformers", "peft", "datasets", "accelerate", "trl"})
 GRPC = frozenset({"grpc", "grpc_health", "grpc_reflection", "grpc_status"})
 PROTOBUF = frozenset({"raflora", "google"})
+CRYPTOGRAPHY = frozenset({"cryptography"})
 
 # Where what comes from outside may be imported: file patterns.
 ONLY_IN: Mapping[frozenset[str], tuple[str, ...]] = {
@@ -36,6 +37,7 @@ ONLY_IN: Mapping[frozenset[str], tuple[str, ...]] = {
         "cli/*",
     ),
     PROTOBUF: ("coordinator/servicers/*", "coordinator/server*.py", "worker/client.py", "cli/*"),
+    CRYPTOGRAPHY: ("common/certificates.py", "coordinator/identity/*", "worker/certificates.py", "cli/*"),
 }
 
 # The trainer process loads torch and speaks no gRPC; every other file of worker/ is the agent's, the other way

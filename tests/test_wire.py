@@ -7,7 +7,7 @@ import pytest
 import wire
 from google.protobuf import text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
-from raflora.v1 import admin_pb2, federation_pb2, status_pb2
+from raflora.v1 import admin_pb2, federation_pb2, identity_pb2, status_pb2
 
 PROTO = Path(__file__).resolve().parent.parent / "proto"
 RELEASED = PROTO / "raflora/v1/released.binpb"
@@ -15,7 +15,7 @@ RELEASED = PROTO / "raflora/v1/released.binpb"
 
 def _current() -> list[FileDescriptorProto]:
     files = []
-    for module in (federation_pb2, status_pb2, admin_pb2):
+    for module in (federation_pb2, status_pb2, admin_pb2, identity_pb2):
         file = FileDescriptorProto()
         module.DESCRIPTOR.CopyToProto(file)
         files.append(file)

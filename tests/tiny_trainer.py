@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.adapter import Adapter, AdapterSpec, Factors, ModuleShape, TensorShape
 from common.codec import Layout, WireDtype, decode, encode
+from common.errors import RafloraError
 from worker.trainer_protocol import (
     Answer,
     Evaluate,
@@ -45,7 +46,10 @@ def main() -> None:
             _say(_load(folder))
             continue
         mishap = _next_of(folder / "mishaps")
-        _say(_misbehave(mishap, folder) or _work(request, poison=mishap == "nan"))
+        try:
+            _say(_misbehave(mishap, folder) or _work(request, poison=mishap == "nan"))
+        except RafloraError as error:
+            _say(Failed(error.reason, str(error)))
 
 
 def _load(folder: Path) -> Answer:

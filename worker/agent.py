@@ -3,21 +3,28 @@
 Speaks to the coordinator and to the trainer process; never imports torch.
 """
 
+import asyncio
+from collections.abc import Callable
+
 import structlog
 
 from common.adapter import AdapterSpec, ModuleShape, TensorShape
 from common.codec import Layout, WireDtype
 from common.errors import (
     AdapterMismatch,
+    BadJoinToken,
     BaseModelMismatch,
     CorruptTransfer,
     Evicted,
     IdentityConflict,
     InvalidRequest,
+    NotAllowed,
+    NotAuthenticated,
     NotFinite,
     OutOfBounds,
     ProtocolTooOld,
     RafloraError,
+    Revoked,
     SpecMismatch,
     StaleRound,
     StaleSlice,
@@ -30,16 +37,14 @@ from common.errors import (
     WrongRank,
     WrongSize,
 )
-from worker import egress
-from worker.assignment import Assignment, LeaseLost, Means, Terms, record_departure
-from worker.messages import Enrolment, Place, RankProfile, Task, Welcome
-from worker.policy import check_base_model
+from worker import egress, forms, policy
+from worker.assignment import Assignment, LeaseLost, Means, Terms, record_departure, record_refusal
+from worker.messages import Enrolment, RankProfile, Task, Welcome, printable
 from worker.supervisor import TaskFailed
 from worker.trainer_protocol import Load, Loaded, ModelOrder
 
 LEAVE_SECONDS = 5.0
 _SHORTEST_POLL_SECONDS = 1.0  # however fast a coordinator says that there is nothing to do
-_MAX_MESSAGE_CHARACTERS = 1000
 _WORKER_ERROR = "worker_error"  # nobody foresaw it; its type's name is all that is told
 # Whose sentences are this program's own and hold nothing but numbers and names that the coordinator knows, or are
 # what the coordinator itself said. Of everything else, which may quote a path or a record, only the word leaves.
@@ -57,8 +62,20 @@ _MAY_LEAVE = frozenset(
     }
 )
 
+# What goes into the list of refusals: the coordinator asked for something, or sent something, that is not taken.
+_REFUSED = frozenset(
+    {
+        "policy_refused",
+        *(kind.reason for kind in (InvalidRequest, AdapterMismatch, NotFinite, OutOfBounds, WrongSize, WrongRank)),
+        *(kind.reason for kind in (ProtocolTooOld, CorruptTransfer)),
+    }
+)
+
 # What no retry mends: the worker ends and says why.
-FINAL: tuple[type[RafloraError], ...] = (Evicted, IdentityConflict, BaseModelMismatch, SpecMismatch, ProtocolTooOld)
+FINAL: tuple[type[RafloraError], ...] = (
+    *(Evicted, IdentityConflict, BaseModelMismatch, SpecMismatch, ProtocolTooOld),
+    *(NotAuthenticated, NotAllowed, Revoked, BadJoinToken),
+)
 _NOT_OF_ONE_TASK: tuple[type[RafloraError], ...] = (*FINAL, UnknownClient)
 
 log = structlog.get_logger()
@@ -70,6 +87,7 @@ class Agent:
     def __init__(self, means: Means) -> None:
         self._means = means
         self._said = ""
+        self._ledger = egress.Ledger(means.config.state_dir)
 
     async def run(self) -> None:
         """Works until the federation is over.
@@ -79,7 +97,6 @@ class Agent:
         forgotten = 0
         while True:
             welcome = await self._means.contact.insist(self._means.client.handshake)
-            structlog.contextvars.bind_contextvars(federation=welcome.federation)
             loaded = await self._load(welcome)
             terms = await self._join(welcome.protocol, loaded)
             try:
@@ -102,10 +119,9 @@ class Agent:
     async def _load(self, welcome: Welcome) -> Loaded:
         """What the trainer holds once it has loaded what the federation asks for."""
         config, model = self._means.config, welcome.model
-        if model.base_model_digest:
-            check_base_model(config.policy, model.base_model_digest, f"the federation {welcome.federation}")
-        if model.global_rank < 1:
-            raise InvalidRequest(f"handshake: global rank {model.global_rank}, expected at least 1")
+        await self._refuse_unless(lambda: forms.check_welcome(welcome))
+        await self._refuse_unless(lambda: policy.check_welcome(config.policy, welcome))
+        structlog.contextvars.bind_contextvars(federation=welcome.federation)
         order = ModelOrder(
             task=model.task,
             labels=model.labels,
@@ -116,7 +132,9 @@ class Agent:
         )
         log.info("loading", base_model=model.base_model, task=model.task)
         loaded = await self._means.trainer.load(Load(config.model_dump_json(), order, welcome.federation))
-        check_base_model(config.policy, loaded.base_model_digest, "model.path")
+        digest, examples = loaded.base_model_digest, loaded.num_examples
+        await self._refuse_unless(lambda: policy.check_base_model(config.policy, digest, "model.path"))
+        await self._refuse_unless(lambda: policy.check_examples(config.policy, examples))
         return loaded
 
     async def _join(self, protocol: int, loaded: Loaded) -> Terms:
@@ -133,10 +151,12 @@ class Agent:
         enrolment = Enrolment(protocol, profile, loaded.base_model_digest, spec)
         await record_departure(self._means, _as_departure(enrolment))
         place = await self._means.contact.insist(lambda: self._means.client.join(enrolment))
+        await self._refuse_unless(lambda: forms.check_place(place))
+        await self._refuse_unless(lambda: policy.check_manifest(self._means.config.policy, place.manifest_digest))
         terms = Terms(
             spec=spec,
             manifest_digest=place.manifest_digest,
-            wire_dtype=_wire_dtype(place),
+            wire_dtype=WireDtype(place.wire_dtype),
             max_rank=profile.max_rank,
             num_examples=profile.num_examples,
             heartbeat_seconds=place.heartbeat_seconds,
@@ -160,6 +180,7 @@ class Agent:
             asked_at = clock.now()
             polled = await contact.insist(self._means.client.poll_task)
             for task in polled.tasks:
+                # Also what was taken back costs a pause: who hands out and takes back at once must not keep us busy.
                 failures = 0 if await self._do(task, terms) else failures + 1
             if polled.is_finished:
                 log.info("the federation is over", why=polled.status_sentence)
@@ -171,11 +192,13 @@ class Agent:
                 await clock.sleep(max(0.0, _SHORTEST_POLL_SECONDS - (clock.now() - asked_at)))
 
     async def _do(self, task: Task, terms: Terms) -> bool:
-        """Whether the task was done, or was no longer wanted; otherwise it was given back with a reason."""
+        """Whether the task was done; otherwise it was no longer wanted, or was given back with a reason."""
         try:
+            await self._check_budget(task)
             outcome = await Assignment(self._means, terms, task).carry_out()
         except LeaseLost as error:
             log.info("dropped", why=str(error))
+            return False
         except _NOT_OF_ONE_TASK:
             raise
         except TaskFailed as error:
@@ -196,7 +219,10 @@ class Agent:
     async def _give_back(self, task: Task, word: str, message: str) -> None:
         client, contact = self._means.client, self._means.contact
         log.warning("task failed", round=task.round, reason=word, message=message)
-        told = message[:_MAX_MESSAGE_CHARACTERS] if word in _MAY_LEAVE else "the worker's log says more"
+        message = printable(message)
+        if word in _REFUSED:
+            await record_refusal(self._means, egress.Refusal(word, message, task.round, task.attempt))
+        told = message if word in _MAY_LEAVE else "the worker's log says more"
         departure = egress.Departure(
             kind="failure",
             round=task.round,
@@ -211,6 +237,21 @@ class Agent:
             raise
         except RafloraError as error:
             log.info("the coordinator wants that task no more", why=str(error))
+
+    async def _check_budget(self, task: Task) -> None:
+        """Raises PolicyRefused if the site lets no more results leave."""
+        site_policy = self._means.config.policy
+        if policy.has_budget(site_policy):
+            spent = await asyncio.to_thread(self._ledger.spent, self._means.clock.wall_time())
+            policy.check_budget(site_policy, task, spent)
+
+    async def _refuse_unless(self, check: Callable[[], None]) -> None:
+        """Carries out a check; what it raises is written down first."""
+        try:
+            check()
+        except RafloraError as error:
+            await record_refusal(self._means, egress.Refusal(error.reason, printable(str(error))))
+            raise
 
     def _say(self, sentence: str) -> None:
         """Why nothing happens, once."""
@@ -229,11 +270,3 @@ def _as_departure(enrolment: Enrolment) -> egress.Departure:
         num_examples=profile.num_examples,
         words=f"device {profile.device}, {profile.memory_bytes} bytes of memory",
     )
-
-
-def _wire_dtype(place: Place) -> WireDtype:
-    try:
-        return WireDtype(place.wire_dtype)
-    except ValueError:
-        known = ", ".join(WireDtype)
-        raise InvalidRequest(f"join: wire dtype {place.wire_dtype!r}, this version knows {known}") from None

@@ -17,13 +17,14 @@ import structlog
 from common.adapter import AdapterSpec
 from common.codec import Layout, WireDtype, check_file
 from common.errors import AdapterMismatch, RafloraError, UnknownTask
-from worker import egress, uploads
+from common.failpoints import reach
+from worker import egress, forms, uploads
 from worker.client import CoordinatorClient
 from worker.config import WorkerConfig
 from worker.contact import Clock, Contact, may_pass
 from worker.downloads import Slices
 from worker.messages import Blob, Evaluation, Outcome, Progress, Task, TaskKind, Update
-from worker.policy import check_task
+from worker.policy import check_size, check_task
 from worker.supervisor import TaskFailed, TrainerProcess
 from worker.trainer_protocol import Evaluate, ProgressMade, Train
 
@@ -86,6 +87,7 @@ class Assignment:
 
         Raises PolicyRefused, LeaseLost, TaskFailed, TrainerDied, or what the coordinator found wrong.
         """
+        forms.check_task(self._task)
         check_task(
             self._means.config.policy,
             self._task,
@@ -102,17 +104,24 @@ class Assignment:
                 f"round {self._task.round}: the slice has {self._task.adapter.size_bytes} bytes, but rank "
                 f"{self._task.lora_rank} in {self._terms.wire_dtype} is exactly {self._layout.size_bytes}"
             )
+        check_size(self._means.config.policy, self._task, self._layout.size_bytes)
         client, contact = self._means.client, self._means.contact
         # The heartbeat ends before the submission: the lease ends with it, and that must not look like a loss.
         if self._task.kind is TaskKind.EVALUATE:
             evaluation = await self._under_lease(self._evaluate())
-            return await contact.insist(lambda: client.submit_evaluation(evaluation))
+            reach("evaluation.submitting")
+            outcome = await contact.insist(lambda: client.submit_evaluation(evaluation))
+            reach("evaluation.submitted")
+            return outcome
         update = await self._under_lease(self._train())
-        return await contact.insist(lambda: client.submit_update(update))
+        reach("update.submitting")
+        outcome = await contact.insist(lambda: client.submit_update(update))
+        reach("update.submitted")
+        return outcome
 
     async def _train(self) -> Update:
         config, task = self._means.config, self._task
-        slice_path = await self._means.slices.fetch(task.adapter)
+        slice_path = await self._fetch()
         update_path = (config.state_dir / "update.safetensors").absolute()
         self._turn_to(Progress("training"))
         log.info("training", round=task.round, rank=task.lora_rank, examples=self._terms.num_examples)
@@ -124,14 +133,16 @@ class Assignment:
             wire_dtype=self._terms.wire_dtype.value,
             plan=task.plan,
         )
+        reach("task.training")
         trained = await self._means.trainer.train(order, self._note)
-        metrics = _finite(trained.metrics)
+        reach("task.trained")
+        metrics = self._may_leave(_finite(trained.metrics))
         await asyncio.to_thread(check_file, update_path, self._layout, "own update")
         blob = await asyncio.to_thread(_blob_of, update_path)
         self._turn_to(replace(self._progress, activity="uploading"))
         await self._report("update", blob, trained.num_examples, metrics)
         upload = uploads.Upload(update_path, blob, task.lease_token)
-        await uploads.send(upload, self._means.client, self._means.contact)
+        await self._in_time(uploads.send(upload, self._means.client, self._means.contact), "upload")
         log.info(
             "trained",
             round=task.round,
@@ -144,7 +155,7 @@ class Assignment:
 
     async def _evaluate(self) -> Evaluation:
         task = self._task
-        slice_path = await self._means.slices.fetch(task.adapter)
+        slice_path = await self._fetch()
         self._turn_to(Progress("evaluating"))
         order = Evaluate(
             slice_path=str(slice_path.absolute()),
@@ -157,6 +168,22 @@ class Assignment:
         await self._report("evaluation", Blob(task.adapter.digest, 0), evaluated.num_examples, metrics)
         log.info("evaluated", round=task.round, **{name: round(value, 4) for name, value in metrics.items()})
         return Evaluation(task, evaluated.num_examples, metrics)
+
+    async def _fetch(self) -> Path:
+        """The task's slice on this disk."""
+        return await self._in_time(self._means.slices.fetch(self._task.adapter), "download")
+
+    async def _in_time(self, transfer: Coroutine[Any, Any, Result], what: str) -> Result:
+        """The transfer's result. Raises TaskFailed: who trickles must not hold this worker for ever."""
+        limit_seconds = self._means.config.policy.max_task_seconds
+        try:
+            async with asyncio.timeout(limit_seconds):
+                return await transfer
+        except TimeoutError:
+            raise TaskFailed("time_limit", f"{what} took longer than {limit_seconds:g} s") from None
+
+    def _may_leave(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        return metrics if self._means.config.policy.may_send_metrics else {}
 
     async def _report(self, kind: str, blob: Blob, num_examples: int, metrics: Mapping[str, float]) -> None:
         departure = egress.Departure(
@@ -178,7 +205,8 @@ class Assignment:
         self._has_turned.set()
 
     def _note(self, made: ProgressMade) -> None:
-        self._progress = Progress(made.activity, made.step, made.total_steps, made.train_loss)
+        train_loss = made.train_loss if self._means.config.policy.may_send_metrics else 0.0
+        self._progress = Progress(made.activity, made.step, made.total_steps, train_loss)
 
     async def _under_lease(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The work's result. Raises LeaseLost, with the work dropped, when the coordinator wants it no more."""
@@ -236,6 +264,12 @@ async def record_departure(means: Means, departure: egress.Departure) -> None:
     """Writes down, durably, what is about to leave."""
     time = datetime.fromtimestamp(means.clock.wall_time(), UTC).isoformat(timespec="seconds")
     await asyncio.to_thread(egress.record, means.config.state_dir, departure, time=time)
+
+
+async def record_refusal(means: Means, refusal: egress.Refusal) -> None:
+    """Writes down, durably, what is not done."""
+    time = datetime.fromtimestamp(means.clock.wall_time(), UTC).isoformat(timespec="seconds")
+    await asyncio.to_thread(egress.record_refusal, means.config.state_dir, refusal, time=time)
 
 
 def heartbeat_pause_seconds(heartbeat_seconds: float, chance: float) -> float:

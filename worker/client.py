@@ -4,20 +4,24 @@ Protobuf and gRPC stay in here. Nothing is retried in here: who holds the file r
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
-from dataclasses import dataclass
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import BinaryIO, TypeVar
 
 import grpc
 import grpc.aio
 from raflora.v1 import federation_pb2 as pb
 from raflora.v1 import federation_pb2_grpc as rpc
+from raflora.v1 import identity_pb2, identity_pb2_grpc
 
 from common.adapter import AdapterSpec
-from common.channel import Tls, client_channel, is_loopback
-from common.errors import ConfigError, InvalidRequest, RafloraError
+from common.channel import REASON_KEY, Pem, Tls, client_channel, is_loopback
+from common.errors import ConfigError, InvalidRequest, RafloraError, Unavailable
 from common.transfer import CHUNK_BYTES
 from common.version import PROTOCOL, PROTOCOL_OLDEST
+from worker.certificates import Issued
 from worker.config import CoordinatorAddress
 from worker.messages import (
     Blob,
@@ -33,6 +37,7 @@ from worker.messages import (
     Update,
     Welcome,
 )
+from worker.probe import Step, probe
 from worker.trainer_protocol import Plan
 from worker.wire_errors import meaning_of
 
@@ -41,6 +46,7 @@ MAX_CALL_BYTES = 64 << 20  # of one upload call: bounds its deadline, and lets c
 _POLL_GRACE_SECONDS = 15.0
 _STREAM_SECONDS = 30.0  # a stream may take this long and then one second for every
 _SLOWEST_BYTES_PER_SECOND = 64 << 10
+_PROBE_SECONDS = 3.0  # for each step of finding out why TLS fails
 
 Answer = TypeVar("Answer")
 
@@ -52,26 +58,63 @@ class Credentials:
     client_id: str
     enrol_key: str
     software_version: str
+    # Of this process: a second one with the same identity is told apart by it.
+    session: str = field(default_factory=lambda: secrets.token_hex(8))
+
+
+class _Line:
+    """A channel with the certificates of the moment when it was made, and how many calls are on it."""
+
+    def __init__(self, address: str, tls: Tls | Pem | None) -> None:
+        self.tls = tls.read() if isinstance(tls, Tls) else tls
+        self.channel = client_channel(address, self.tls)
+        self.federation = rpc.FederationServiceStub(self.channel)
+        self.identity = identity_pb2_grpc.IdentityServiceStub(self.channel)
+        self.calls = 0
+        self.is_replaced = False
 
 
 class CoordinatorClient:
     """One connection to one coordinator, opened at the first call.
 
     Every method has a deadline and raises a class of common.errors: Unavailable if nobody answered,
-    otherwise what the coordinator said.
+    otherwise what the coordinator said. A `join_token` is shown instead of what the settings name.
     """
 
-    def __init__(self, where: CoordinatorAddress, who: Credentials) -> None:
+    def __init__(self, where: CoordinatorAddress, who: Credentials, *, join_token: Pem | None = None) -> None:
         self.address = where.address
         self._software_version = who.software_version
         self._me = {"client_id": who.client_id, "enrol_key": who.enrol_key}
+        self._session = who.session
         self._rpc_seconds = where.rpc_timeout_seconds
-        self._channel = client_channel(where.address, tls_of(where))
-        self._stub = rpc.FederationServiceStub(self._channel)
+        self._tls = join_token or tls_of(where)
+        self._line = _Line(where.address, self._tls)
 
     async def close(self) -> None:
         """Ends the connection."""
-        await self._channel.close()
+        await self._line.channel.close()
+
+    async def reconnect(self) -> None:
+        """Makes further calls with what the certificate files hold now; those in progress end where they began.
+
+        Raises ConfigError, and goes on as before, if the files cannot be read.
+        """
+        before, self._line = self._line, _Line(self.address, self._tls)
+        before.is_replaced = True
+        if not before.calls:
+            await before.channel.close()
+
+    async def enrol(self, request: bytes, worker: str) -> Issued:
+        """The first certificate for this signing request. Raises BadJoinToken."""
+        message = identity_pb2.EnrolRequest(signing_request=request, worker=worker)
+        answer = await self._answer(self._line.identity.Enrol(message, timeout=self._rpc_seconds))
+        return Issued(answer.certificate, answer.authority)
+
+    async def renew(self, request: bytes) -> Issued:
+        """The next certificate. Raises Revoked, NotAuthenticated."""
+        message = identity_pb2.RenewRequest(signing_request=request)
+        answer = await self._answer(self._line.identity.Renew(message, timeout=self._rpc_seconds))
+        return Issued(answer.certificate, answer.authority)
 
     async def handshake(self) -> Welcome:
         """Agrees on a protocol; tells what to load. Raises ProtocolTooOld."""
@@ -80,7 +123,7 @@ class CoordinatorClient:
             protocol_max=PROTOCOL,
             software_version=self._software_version,
         )
-        answer = await self._answer(self._stub.Handshake(request, timeout=self._rpc_seconds))
+        answer = await self._answer(self._line.federation.Handshake(request, timeout=self._rpc_seconds))
         return Welcome(
             protocol=answer.protocol,
             federation=answer.federation,
@@ -112,7 +155,7 @@ class CoordinatorClient:
             spec=_spec(enrolment.spec),
             software_version=self._software_version,
         )
-        answer = await self._answer(self._stub.Join(request, timeout=self._rpc_seconds))
+        answer = await self._answer(self._line.federation.Join(request, timeout=self._rpc_seconds))
         return Place(
             lora_rank=answer.lora_rank,
             manifest_digest=answer.manifest_digest,
@@ -123,8 +166,8 @@ class CoordinatorClient:
 
     async def poll_task(self, wait_seconds: float = POLL_SECONDS) -> Polled:
         """Waits for work."""
-        request = pb.PollTaskRequest(**self._me, wait_seconds=wait_seconds)
-        answer = await self._answer(self._stub.PollTask(request, timeout=wait_seconds + _POLL_GRACE_SECONDS))
+        request = pb.PollTaskRequest(**self._me, wait_seconds=wait_seconds, session=self._session)
+        answer = await self._answer(self._line.federation.PollTask(request, timeout=wait_seconds + _POLL_GRACE_SECONDS))
         tasks = (_task(answer.task),) if answer.HasField("task") else ()
         return Polled(tasks, answer.finished, answer.status_sentence)
 
@@ -133,6 +176,7 @@ class CoordinatorClient:
         request = pb.HeartbeatRequest(
             **self._me,
             lease_token=lease_token,
+            session=self._session,
             progress=pb.Progress(
                 activity=progress.activity,
                 step=progress.step,
@@ -140,26 +184,19 @@ class CoordinatorClient:
                 train_loss=progress.train_loss,
             ),
         )
-        answer = await self._answer(self._stub.Heartbeat(request, timeout=self._rpc_seconds))
+        answer = await self._answer(self._line.federation.Heartbeat(request, timeout=self._rpc_seconds))
         return answer.directive != pb.LEASE_DIRECTIVE_STOP
 
     async def download(self, blob: Blob, offset: int) -> AsyncGenerator[bytes, None]:
         """The blob's bytes from an offset; may break off with Unavailable anywhere. Close the iterator."""
-        call = self._stub.DownloadAdapter(
-            pb.DownloadAdapterRequest(
-                **self._me,
-                digest=blob.digest,
-                offset=offset,
-            ),
-            timeout=_stream_seconds(blob.size_bytes - offset),
-        )
-        try:
-            async for chunk in call:
-                yield chunk.data
-        except grpc.aio.AioRpcError as error:
-            raise _error_of(error, self.address) from None
-        finally:
-            call.cancel()
+        request = pb.DownloadAdapterRequest(**self._me, digest=blob.digest, offset=offset)
+        async with self._calling() as line:
+            call = line.federation.DownloadAdapter(request, timeout=_stream_seconds(blob.size_bytes - offset))
+            try:
+                async for chunk in call:
+                    yield chunk.data
+            finally:
+                call.cancel()
 
     async def begin_upload(self, lease_token: int, blob: Blob) -> int:
         """Announces an upload; the number of bytes that are durable already."""
@@ -168,7 +205,7 @@ class CoordinatorClient:
             lease_token=lease_token,
             blob=_blob(blob),
         )
-        answer = await self._answer(self._stub.BeginUpload(request, timeout=self._rpc_seconds))
+        answer = await self._answer(self._line.federation.BeginUpload(request, timeout=self._rpc_seconds))
         return answer.committed_bytes
 
     async def upload(self, blob: Blob, offset: int, source: BinaryIO) -> int:
@@ -184,14 +221,13 @@ class CoordinatorClient:
             ("raflora-offset", str(offset)),
         )
         seconds = _stream_seconds(min(blob.size_bytes - offset, MAX_CALL_BYTES))
-        call = self._stub.UploadAdapter(metadata=metadata, timeout=seconds)
-        try:
-            await _send(call, source)
-            return (await self._answer(call)).committed_bytes
-        except grpc.aio.AioRpcError as error:
-            raise _error_of(error, self.address) from None
-        finally:
-            call.cancel()
+        async with self._calling() as line:
+            call = line.federation.UploadAdapter(metadata=metadata, timeout=seconds)
+            try:
+                await _send(call, source)
+                return (await call).committed_bytes
+            finally:
+                call.cancel()
 
     async def submit_update(self, update: Update) -> Outcome:
         """Commits an uploaded update; repeating it changes nothing."""
@@ -206,7 +242,7 @@ class CoordinatorClient:
             metrics=update.metrics,
             training_seconds=update.training_seconds,
         )
-        answer = await self._answer(self._stub.SubmitUpdate(request, timeout=self._rpc_seconds))
+        answer = await self._answer(self._line.federation.SubmitUpdate(request, timeout=self._rpc_seconds))
         return _outcome(answer.outcome)
 
     async def submit_evaluation(self, evaluation: Evaluation) -> Outcome:
@@ -220,7 +256,7 @@ class CoordinatorClient:
             num_examples=evaluation.num_examples,
             metrics=evaluation.metrics,
         )
-        answer = await self._answer(self._stub.SubmitEvaluation(request, timeout=self._rpc_seconds))
+        answer = await self._answer(self._line.federation.SubmitEvaluation(request, timeout=self._rpc_seconds))
         return _outcome(answer.outcome)
 
     async def fail_task(self, lease_token: int, reason: str, message: str) -> bool:
@@ -231,18 +267,41 @@ class CoordinatorClient:
             reason=reason,
             message=message,
         )
-        return (await self._answer(self._stub.FailTask(request, timeout=self._rpc_seconds))).will_retry
+        return (await self._answer(self._line.federation.FailTask(request, timeout=self._rpc_seconds))).will_retry
 
     async def leave(self, timeout_seconds: float) -> None:
         """Leaves the federation."""
         request = pb.LeaveRequest(**self._me)
-        await self._answer(self._stub.Leave(request, timeout=timeout_seconds))
+        await self._answer(self._line.federation.Leave(request, timeout=timeout_seconds))
 
     async def _answer(self, call: Awaitable[Answer]) -> Answer:
-        try:
+        """The answer to a call that was just made."""
+        async with self._calling():
             return await call
+
+    @asynccontextmanager
+    async def _calling(self) -> AsyncIterator[_Line]:
+        """The present line; a replaced one is closed by the last call on it. Statuses come out as our errors."""
+        line = self._line
+        line.calls += 1
+        try:
+            yield line
         except grpc.aio.AioRpcError as error:
-            raise _error_of(error, self.address) from None
+            raise await self._meaning_of(error, line) from None
+        finally:
+            line.calls -= 1
+            if line.is_replaced and not line.calls:
+                await line.channel.close()
+
+    async def _meaning_of(self, error: grpc.aio.AioRpcError, line: _Line) -> RafloraError:
+        trailing = {key: value for key, value in error.trailing_metadata() or () if isinstance(value, str)}
+        meant = meaning_of(error.code().name, error.details() or "no details", trailing, self.address)
+        if line.tls is not None and isinstance(meant, Unavailable) and REASON_KEY not in trailing:
+            # gRPC says little about certificates, and nothing about one of ours that the other side does not like.
+            found = await asyncio.to_thread(probe, self.address, line.tls, _PROBE_SECONDS)
+            if found.failed in {Step.TLS, Step.HTTP2}:
+                return Unavailable(f"coordinator {self.address} cannot be reached: {found.cause}")
+        return meant
 
 
 def tls_of(where: CoordinatorAddress) -> Tls | None:
@@ -252,14 +311,9 @@ def tls_of(where: CoordinatorAddress) -> Tls | None:
     if where.insecure or is_loopback(where.address):
         return None
     raise ConfigError(
-        f"coordinator.address: {where.address} is not on this machine, so a [coordinator.tls] section is "
-        "needed (it may be empty: the system's authorities then); insecure = true speaks in the clear"
+        f"coordinator.address: {where.address} is not on this machine, so a join token (coordinator.join_token_file; "
+        "the operator has it) or a [coordinator.tls] section is needed; insecure = true speaks in the clear"
     )
-
-
-def _error_of(error: grpc.aio.AioRpcError, address: str) -> RafloraError:
-    trailing = {key: value for key, value in error.trailing_metadata() or () if isinstance(value, str)}
-    return meaning_of(error.code().name, error.details() or "no details", trailing, address)
 
 
 async def _send(

@@ -8,7 +8,12 @@ from pydantic import Field, model_validator
 from common.logs import LogFormat
 from common.settings import Section
 
+LAYER_NAME = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$"  # no pattern language: what has one may run for ever
 Probability = Annotated[float, Field(gt=0, lt=1)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+LayerName = Annotated[str, Field(pattern=LAYER_NAME)]
+KNOWN_TASKS = ("sequence-classification", "image-classification", "feature-classification")
+TaskName = Annotated[str, Field(pattern=f"^({'|'.join(KNOWN_TASKS)})$")]
 
 
 class TlsConfig(Section):
@@ -29,7 +34,7 @@ class CoordinatorAddress(Section):
     """HOST:PORT."""
     insecure: bool = False
     """Speak in the clear to an address outside this machine (a private network, a tunnel)."""
-    join_token: str = ""
+    join_token: str = Field(default="", repr=False, exclude=True)  # a secret: in no log, and not for the trainer
     """What `raflora site add` printed: with it the worker gets a certificate of its own, once; renewed by itself."""
     join_token_file: Path | None = None
     """The same in a file."""
@@ -86,18 +91,42 @@ class DataConfig(Section):
 
 
 class SitePolicy(Section):
-    """The site's last word: what is outside is refused, whatever the coordinator asks."""
+    """The site's last word: what is outside is refused, whatever the coordinator asks. Lists: unset any, [] none."""
 
-    allowed_base_models: tuple[str, ...] = ()
-    """Digests; empty: the configured model, whichever it is."""
+    allowed_federations: tuple[str, ...] | None = None
+    """Names of federations."""
+    allowed_manifests: tuple[Digest, ...] | None = None
+    """Digests of whole manifests, as `raflora status` shows them: pins model, layers, method and rounds."""
+    allowed_base_models: tuple[Digest, ...] | None = None
+    """Digests of the weights, whatever the models are called."""
+    allowed_tasks: tuple[TaskName, ...] | None = None
+    """Kinds of task."""
+    allowed_target_modules: tuple[LayerName, ...] | None = None
+    """Layers that LoRA may go on: a name or the end of one; "query" allows "attention.query" too, not "all-linear"."""
+    allowed_modules_to_save: tuple[LayerName, ...] | None = None
+    """Layers that may be trained, and sent, whole: likewise."""
     max_rank: int = Field(default=4096, ge=1)
     """The largest LoRA rank."""
+    max_update_bytes: int = Field(default=1 << 30, ge=1)
+    """The largest update that leaves, and slice that comes in; told by rank and layers before the first byte."""
     max_local_steps: int = Field(default=100_000, ge=1)
     """Optimizer steps of one task."""
     max_learning_rate: float = Field(default=1.0, gt=0)
     """Of one task."""
     max_task_seconds: float = Field(default=86_400.0, gt=0)
-    """A task that runs longer is stopped and given back."""
+    """A task whose training, download or upload runs longer is stopped and given back."""
+    max_tasks_per_day: int | None = Field(default=None, ge=0)
+    """Updates and evaluations within any 24 hours; counted from egress.jsonl, so a restart forgets none."""
+    max_updates: int | None = Field(default=None, ge=0)
+    """Updates in all; likewise."""
+    max_evaluations: int | None = Field(default=None, ge=0)
+    """Evaluations in all; likewise."""
+    min_examples: int = Field(default=1, ge=1)
+    """A site with fewer training examples does not take part."""
+    may_send_metrics: bool = True
+    """Whether losses and accuracies leave; if not, there is no evaluation for anybody and no loss in a sign of life."""
+    require_offline: bool = False
+    """Refuse to start unless model.offline is set."""
 
 
 class WorkerConfig(Section):
@@ -121,6 +150,8 @@ class WorkerConfig(Section):
     model: ModelConfig
     data: DataConfig
     policy: SitePolicy = SitePolicy()
+    policy_file: Path | None = None
+    """The same keys as [policy] in a file of its own, for whoever answers for the data; the stricter of both holds."""
 
     @model_validator(mode="after")
     def _rank_is_within_policy(self) -> "WorkerConfig":

@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 
 from common.errors import CorruptTransfer, Unavailable
+from common.failpoints import reach
 from common.transfer import Expected, PartFile, check_digest
 from worker.client import CoordinatorClient
 from worker.contact import Contact
@@ -50,11 +51,12 @@ class Slices:
 
     async def _complete(self, blob: Blob, target: Path) -> None:
         expected = Expected(blob.digest, blob.size_bytes, whose=f"rank slice {blob.digest[:12]}")
-        part = await asyncio.to_thread(PartFile, target.with_suffix(_PART), expected)
+        part = await _opened(target.with_suffix(_PART), expected)
         try:
             if not part.is_complete:
                 await self._contact.insist(lambda: self._continue(part, blob))
             await asyncio.to_thread(part.finish, target)
+            reach("download.completed")
         finally:
             part.close()
 
@@ -64,6 +66,8 @@ class Slices:
         try:
             async with contextlib.aclosing(self._client.download(blob, offset)) as chunks:
                 async for chunk in chunks:
+                    if not chunk:
+                        raise CorruptTransfer(f"rank slice {blob.digest[:12]}: a chunk without bytes")
                     await asyncio.to_thread(part.append, offset, chunk)
                     offset += len(chunk)
         finally:
@@ -79,7 +83,24 @@ class Slices:
         whole = sorted(self._folder.glob(f"*{_WHOLE}"), key=lambda path: path.stat().st_mtime, reverse=True)
         parts = [path for path in self._folder.glob(f"*{_PART}") if path.stem != blob.digest]
         for path in [*whole[KEPT_SLICES - 1 :], *parts]:
+            reach("download.dropping")
             path.unlink(missing_ok=True)
+            reach("download.dropped")
+
+
+async def _opened(path: Path, expected: Expected) -> PartFile:
+    """The part file, opened in a thread; nobody holds it open if the task is dropped meanwhile."""
+    opening = asyncio.ensure_future(asyncio.to_thread(PartFile, path, expected))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_close)
+        raise
+
+
+def _close(opening: asyncio.Future[PartFile]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _is_intact(path: Path, blob: Blob) -> bool:

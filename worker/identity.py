@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import ConfigError
-from common.transfer import write_durably
+from common.failpoints import reach
+from common.transfer import sweep_parts, write_durably
 
 _ENROL_KEY = "enrol-key"
 _LOCK = "lock"
@@ -41,6 +42,7 @@ def enrol_key_of(state_dir: Path) -> str:
             write_durably(path, f"{uuid.uuid4()}\n".encode())
         finally:
             os.umask(previous)
+        reach("key.made")
     key = path.read_text(encoding="utf-8").strip()
     if not _KEY_FORM.fullmatch(key):
         raise ConfigError(f"{path}: not an enrolment key; delete it to enrol anew under another name")
@@ -52,6 +54,7 @@ def holding(state_dir: Path) -> Iterator[None]:
     """Keeps every other worker out of this state folder. Raises ConfigError if one is inside or it cannot be used."""
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
+        reach("site.made")
         descriptor = os.open(state_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(f"state_dir: {state_dir} cannot be used: {error.strerror}") from None
@@ -63,6 +66,7 @@ def holding(state_dir: Path) -> Iterator[None]:
             f"state_dir: {state_dir} is in use by another worker; each needs a folder of its own"
         ) from None
     try:
+        sweep_parts(state_dir)
         yield
     finally:
         os.close(descriptor)
@@ -72,6 +76,7 @@ def touch_alive(state_dir: Path, now: float) -> None:
     """Notes that the coordinator has just answered; `now` in seconds since the epoch, by this machine's clock."""
     path = state_dir / _ALIVE
     path.touch()
+    reach("alive.touched")
     os.utime(path, (now, now))
 
 

@@ -1,4 +1,7 @@
-"""What worker and coordinator tell each other, as values. Nothing here knows protobuf or gRPC."""
+"""What worker and coordinator tell each other, as values. Nothing here knows protobuf or gRPC.
+
+Text that the coordinator sends is cleaned as it comes in, so that no log line and no terminal ever obeys it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,6 +9,15 @@ from enum import Enum
 
 from common.adapter import AdapterSpec
 from worker.trainer_protocol import Plan
+
+MAX_TEXT_CHARACTERS = 1000  # of anything that the coordinator says and a person may read
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def printable(text: str, longest: int = MAX_TEXT_CHARACTERS) -> str:
+    """The text without anything that a terminal obeys or a log takes for a new line, cut to so many characters."""
+    clean = "".join(char if char.isprintable() else _REPLACEMENT for char in text[:longest])
+    return clean if len(text) <= longest else f"{clean}..."
 
 
 class TaskKind(Enum):
@@ -37,6 +49,10 @@ class ModelRequest:
     modules_to_save: tuple[str, ...]
     global_rank: int
     seed: int
+
+    def __post_init__(self) -> None:
+        # A name for people: what is loaded, the site's own settings say.
+        object.__setattr__(self, "base_model", printable(self.base_model))
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,9 @@ class Place:
     wire_dtype: str
     status_sentence: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status_sentence", printable(self.status_sentence))
+
 
 @dataclass(frozen=True)
 class Blob:
@@ -101,6 +120,9 @@ class Task:
     plan: Plan
     manifest_digest: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "manifest_digest", printable(self.manifest_digest))
+
 
 @dataclass(frozen=True)
 class Polled:
@@ -109,6 +131,9 @@ class Polled:
     tasks: tuple[Task, ...]
     is_finished: bool
     status_sentence: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status_sentence", printable(self.status_sentence))
 
 
 @dataclass(frozen=True)

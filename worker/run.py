@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import structlog
 
+from common.errors import Revoked
 from common.logs import set_up_logs
 from common.version import software_version
 from worker.agent import Agent
@@ -13,7 +14,9 @@ from worker.assignment import Means
 from worker.client import CoordinatorClient, Credentials
 from worker.config import WorkerConfig
 from worker.contact import Clock, Contact
+from worker.enrolment import Admission, Keeper, admit, keeper_of
 from worker.identity import client_id_of, enrol_key_of, holding
+from worker.policy_file import with_policy_file
 from worker.supervisor import DEFAULT_COMMAND, TrainerProcess
 
 log = structlog.get_logger()
@@ -32,24 +35,37 @@ async def run_worker(config: WorkerConfig) -> None:
 
 async def work(config: WorkerConfig, trainer_command: Sequence[str] = DEFAULT_COMMAND, clock: Clock = Clock()) -> None:
     """The same in a state folder that is already held, with another trainer or clock."""
-    client_id = client_id_of(config.name)
-    client = CoordinatorClient(
-        config.coordinator, Credentials(client_id, enrol_key_of(config.state_dir), software_version())
-    )
+    config = with_policy_file(config)
+    contact = Contact(config.state_dir, clock)
+    admission = await admit(config, contact, clock)
+    try:
+        await _work_as(admission, config, trainer_command, clock)
+    except Revoked as error:
+        where = config.coordinator
+        if admission.identity is None or not (where.join_token or where.join_token_file):
+            raise
+        log.warning(f"{error}; coming in again with the join token")
+        await _work_as(await admit(config, contact, clock, anew=True), config, trainer_command, clock)
+
+
+async def _work_as(admission: Admission, config: WorkerConfig, trainer_command: Sequence[str], clock: Clock) -> None:
+    structlog.contextvars.bind_contextvars(client=admission.client_id)
+    who = Credentials(admission.client_id, enrol_key_of(config.state_dir), software_version())
+    client = CoordinatorClient(admission.where, who)
     trainer = TrainerProcess(config.policy.max_task_seconds, trainer_command)
     contact = Contact(config.state_dir, clock)
     agent = Agent(Means(config, client, trainer, contact, clock))
     try:
-        await _until_terminated(agent, trainer)
+        await _until_terminated(agent, trainer, keeper_of(admission, client, contact, clock))
     finally:
         await trainer.stop()
         await client.close()
 
 
-async def _until_terminated(agent: Agent, trainer: TrainerProcess) -> None:
+async def _until_terminated(agent: Agent, trainer: TrainerProcess, keeper: Keeper | None) -> None:
     """Runs the agent; when SIGTERM or a cancellation ends it, the coordinator is told."""
     loop = asyncio.get_running_loop()
-    working = asyncio.create_task(agent.run())
+    working = asyncio.create_task(_beside(keeper, agent))
 
     def terminate() -> None:
         trainer.kill()  # nothing will be trained any more, so nobody waits for its next step
@@ -69,3 +85,18 @@ async def _until_terminated(agent: Agent, trainer: TrainerProcess) -> None:
         raise
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
+
+
+async def _beside(keeper: Keeper | None, agent: Agent) -> None:
+    """Runs the agent to its end; if there are no certificates to go on with, that ends it too."""
+    tasks = [asyncio.create_task(agent.run())]
+    if keeper is not None:
+        tasks.append(asyncio.create_task(keeper.keep()))
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

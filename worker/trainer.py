@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from common import codec
 from common.adapter import Adapter
 from common.errors import ConfigError, InvalidRequest, RafloraError
+from common.failpoints import reach
 from common.logs import set_up_logs
 from worker.config import WorkerConfig
 from worker.identity import client_id_of
@@ -174,9 +175,10 @@ class _Trainer:
             memory_batch=session.config.batch_size,
             report=_Progress(self._say, "training", self._stopping),
         )
-        Path(request.update_path).write_bytes(
-            codec.encode(read_adapter(session.model), codec.WireDtype(request.wire_dtype))
-        )
+        content = codec.encode(read_adapter(session.model), codec.WireDtype(request.wire_dtype))
+        reach("result.writing")
+        Path(request.update_path).write_bytes(content)
+        reach("result.written")
         return Trained(len(session.data.train), outcome.seconds, outcome.metrics)
 
     def _evaluate(self, request: Evaluate) -> Evaluated:

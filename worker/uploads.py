@@ -6,6 +6,7 @@ from pathlib import Path
 import structlog
 
 from common.errors import CorruptTransfer, WrongOffset
+from common.failpoints import reach
 from worker.client import CoordinatorClient
 from worker.contact import Contact
 from worker.messages import Blob
@@ -32,27 +33,32 @@ async def send(upload: Upload, client: CoordinatorClient, contact: Contact) -> N
     """
 
     async def go_on() -> int:
+        reach("upload.beginning")
         committed = await client.begin_upload(upload.lease_token, upload.blob)
+        reach("upload.begun")
         if committed >= upload.blob.size_bytes:
             return committed
         with upload.path.open("rb") as source:
             source.seek(committed)
-            return await client.upload(upload.blob, committed, source)
+            committed = await client.upload(upload.blob, committed, source)
+        reach("upload.sent")
+        return committed
 
-    committed = stalls = damaged = 0
+    committed = furthest = stalls = damaged = 0
     while committed < upload.blob.size_bytes:
-        before = committed
         try:
             committed = await contact.insist(go_on)
         except WrongOffset as error:  # a repeated call whose first attempt did arrive
             committed = error.committed_bytes
         except CorruptTransfer as error:
             log.warning("an upload arrived damaged", error=str(error))
-            committed, damaged = 0, damaged + 1
+            committed, furthest, damaged = 0, 0, damaged + 1
             if damaged >= MAX_DAMAGED_UPLOADS:
                 raise
             continue
-        stalls = 0 if committed > before else stalls + 1
+        # Not against the call before: an offset that goes back and forth would keep us sending for ever.
+        stalls = 0 if committed > furthest else stalls + 1
+        furthest = max(furthest, committed)
         if stalls >= MAX_STALLS:
             raise CorruptTransfer(
                 f"upload: {stalls} answered calls and still {committed} of {upload.blob.size_bytes} bytes are durable"

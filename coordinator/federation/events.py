@@ -155,6 +155,13 @@ class PauseSet:
     is_paused: bool
 
 
+@dataclass(frozen=True)
+class LeasesSkipped:
+    """The journal was restored from a backup: leases up to this one may have been given in the time that is lost."""
+
+    last_lease_token: int
+
+
 Event: TypeAlias = (
     FederationFounded
     | RulesChanged
@@ -172,6 +179,7 @@ Event: TypeAlias = (
     | AdapterPublished
     | EvaluationClosed
     | PauseSet
+    | LeasesSkipped
 )
 
 
@@ -220,6 +228,8 @@ def evolve(state: State, event: Event) -> State:  # noqa: C901, PLR0912 - one br
             return _published(state, event)
         case EvaluationClosed(evaluated_at):
             return _evaluated(state, evaluated_at)
+        case LeasesSkipped(last_lease_token):
+            return replace(state, last_lease_token=last_lease_token)
         case PauseSet(is_paused):
             return replace(state, is_paused=is_paused, pause_reason="")
         case _:

@@ -15,6 +15,7 @@ from coordinator.federation.state import Evaluation, Kind, Profile, Rules, Updat
 # What stands in metadata, file names of other systems and terminals: plain ASCII.
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ENROL_KEY = re.compile(r"[!-~]{1,200}")
+MAX_EXAMPLES = 1 << 32  # of one client
 
 
 class Outcome(StrEnum):
@@ -199,6 +200,8 @@ def check_join(request: Join) -> None:
         raise InvalidRequest(
             f"{whose}: max_rank {profile.max_rank} and num_examples {profile.num_examples}; both must be at least 1"
         )
-    # JSON has no word for it: the journal could not be read again.
-    if not isfinite(profile.examples_per_second):
-        raise InvalidRequest(f"{whose}: examples_per_second {profile.examples_per_second}; a finite number is expected")
+    if profile.num_examples > MAX_EXAMPLES:
+        raise InvalidRequest(f"{whose}: num_examples {profile.num_examples}; at most {MAX_EXAMPLES} are accepted")
+    # JSON has no word for what is not finite: the journal could not be read again.
+    if not (isfinite(profile.examples_per_second) and profile.examples_per_second >= 0.0):
+        raise InvalidRequest(f"{whose}: examples_per_second {profile.examples_per_second}; a finite number, not below 0, is expected")

@@ -238,6 +238,15 @@ class State:
         granted = set(rules.rank_levels) if rules is not None and rules.rank_policy is RankPolicy.CYCLE else set()
         return tuple(sorted(held | granted))
 
+    @property
+    def required_blobs(self) -> frozenset[str]:
+        """The digests without which the federation cannot go on: manifest, adapter, what the open round holds."""
+        required = {self.manifest_digest, self.adapter_digest}
+        if self.open is not None:
+            required |= {c.update.digest for c in self.open.contributions}
+            required |= {a.slice_digest for a in self.open.assignments}
+        return frozenset(required - {""})
+
     def takeable_by(self, client_id: str) -> Assignment | None:
         """The client's part of the open round if it can still be worked on."""
         if self.open is None or self.phase is Phase.AGGREGATING:

@@ -7,8 +7,9 @@ import structlog
 from raflora.v1 import admin_pb2 as pb
 from raflora.v1 import admin_pb2_grpc
 
+from common.plain import plain
 from coordinator.federation.requests import AbortRound, CloseRound, Evict, Pause, Request, Resume, SetRank
-from coordinator.service import CoordinatorService
+from coordinator.service import MAX_FAILURE_CHARS, CoordinatorService
 
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 log = structlog.get_logger()
@@ -38,7 +39,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     async def EvictClient(self, request: pb.EvictClientRequest, context: _Context) -> pb.EvictClientResponse:
         """Shuts a client out."""
-        order = Evict(request.client_id, request.reason[:500] or "no reason given")
+        order = Evict(request.client_id, plain(request.reason, MAX_FAILURE_CHARS) or "no reason given")
         return pb.EvictClientResponse(explanation=await self._order(order))
 
     async def SetClientRank(self, request: pb.SetClientRankRequest, context: _Context) -> pb.SetClientRankResponse:

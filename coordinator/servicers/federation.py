@@ -1,6 +1,8 @@
 """FederationService: what workers call. Each method reads a message, asks the service, writes a message."""
 
 import math
+import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, TypeAlias
@@ -9,19 +11,27 @@ import grpc.aio
 from raflora.v1 import federation_pb2 as pb
 from raflora.v1 import federation_pb2_grpc
 
-from common.adapter import AdapterSpec, ModuleShape, TensorShape
+from common.adapter import MAX_AXES, MAX_TENSORS, AdapterSpec, ModuleShape, TensorShape
 from common.errors import InvalidRequest, ProtocolTooOld
+from common.failpoints import reach
+from common.plain import plain
 from common.transfer import CHUNK_BYTES, chunks_of
 from common.version import PROTOCOL, PROTOCOL_OLDEST, software_version
 from coordinator.federation.requests import Outcome, SubmitEvaluation, SubmitUpdate
 from coordinator.federation.state import Evaluation, Kind, Phase, Profile, Update
-from coordinator.service import CoordinatorService, Progress, Task
+from coordinator.identity.caller import own_client_id, own_enrol_key, present_caller
+from coordinator.intake import MAX_METRICS
+from coordinator.service import MAX_FAILURE_CHARS, CoordinatorService, Progress, Task
+from coordinator.servicers.interceptor import message_of
 from coordinator.servicers.streams import read_chunks
 from coordinator.slices import BlobReference
 
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 _LONGEST_HEARTBEAT_SECONDS = 10.0  # a person watches the progress
+_MAX_DEVICE_CHARS = 200
+_MAX_WORD_CHARS = 50  # an activity, a version
+_OFFSET = re.compile(r"[0-9]{1,18}")
 _OUTCOMES = {
     Outcome.ACCEPTED: pb.SUBMIT_OUTCOME_ACCEPTED,
     Outcome.DUPLICATE: pb.SUBMIT_OUTCOME_DUPLICATE,
@@ -46,6 +56,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             protocol=_agree(request.protocol_min, request.protocol_max),
             software_version=software_version(),
             federation=config.name,
+            wall_time_seconds=time.time(),
             model=pb.ModelRequest(
                 base_model=config.model.base_model,
                 base_model_digest=digest,
@@ -64,16 +75,20 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         profile = Profile(
             max_rank=request.profile.max_rank,
             num_examples=request.profile.num_examples,
-            device=request.profile.device[:200],
+            device=plain(request.profile.device, _MAX_DEVICE_CHARS),
             memory_bytes=request.profile.memory_bytes,
             examples_per_second=request.profile.examples_per_second,
-            software_version=request.software_version[:50],
+            software_version=plain(request.software_version, _MAX_WORD_CHARS),
         )
+        caller = present_caller()
+        if caller is not None and caller.is_registered:
+            await self._service.make_way(request.client_id, request.enrol_key)
         client = await self._service.join(
             request.client_id, request.enrol_key, profile, _spec_of(request.spec), request.base_model_digest
         )
         manifest = self._service.foundation.known_manifest
         lease_ttl_seconds = self._service.config.rounds.lease_ttl_seconds
+        reach("join.answering")
         return pb.JoinResponse(
             lora_rank=client.rank,
             manifest_digest=manifest.digest,
@@ -86,7 +101,11 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
 
     async def PollTask(self, request: pb.PollTaskRequest, context: _Context) -> pb.PollTaskResponse:
         """Work, as soon as there is some."""
-        task = await self._service.next_task(request.client_id, request.enrol_key, request.wait_seconds)
+        task = await self._service.next_task(
+            request.client_id, request.enrol_key, request.wait_seconds, request.session
+        )
+        if task is not None:
+            reach("task.answering")
         return pb.PollTaskResponse(
             task=None if task is None else self._message_of(task),
             finished=self._service.engine.state.phase is Phase.FINISHED,
@@ -96,9 +115,10 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: _Context) -> pb.HeartbeatResponse:
         """Whether to go on."""
         await self._service.known_member(request.client_id, request.enrol_key)
+        self._service.sessions.hear(request.client_id, request.session, self._service.engine.now)
         said = request.progress
         train_loss = said.train_loss if math.isfinite(said.train_loss) else 0.0
-        progress = Progress(said.activity[:50], said.step, said.total_steps, train_loss)
+        progress = Progress(plain(said.activity, _MAX_WORD_CHARS), said.step, said.total_steps, train_loss)
         goes_on = self._service.holds_lease(request.client_id, request.lease_token, progress)
         directive = pb.LEASE_DIRECTIVE_CONTINUE if goes_on else pb.LEASE_DIRECTIVE_STOP
         return pb.HeartbeatResponse(directive=directive)
@@ -118,20 +138,24 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         committed = await self._service.intake.begin_upload(
             request.client_id, request.enrol_key, BlobReference(request.blob.digest, request.blob.size_bytes)
         )
+        reach("begin.answering")
         return pb.BeginUploadResponse(committed_bytes=committed)
 
     async def UploadAdapter(
         self, request: AsyncIterator[pb.UploadAdapterRequest], context: _Context
     ) -> pb.UploadAdapterResponse:
         """Takes chunks; the metadata says of what and from where."""
-        said = {str(key): str(value) for key, value in context.invocation_metadata() or ()}
+        said = _metadata_of(context)
         try:
-            offset = int(said["raflora-offset"])
-            who = (said["raflora-client-id"], said["raflora-enrol-key"], said["raflora-digest"])
+            offset = _offset_in(said["raflora-offset"])
+            client_id, enrol_key = said["raflora-client-id"], said["raflora-enrol-key"]
+            who = (own_client_id(client_id), own_enrol_key(enrol_key), said["raflora-digest"])
         except (KeyError, ValueError) as error:
             raise InvalidRequest(f"upload: the call's metadata lacks or garbles {error}") from None
-        async with aclosing(_data_of(request)) as chunks:
-            return pb.UploadAdapterResponse(committed_bytes=await self._service.intake.receive(*who, offset, chunks))
+        async with aclosing(_data_of(context)) as chunks:
+            committed = await self._service.intake.receive(*who, offset, chunks)
+        reach("upload.answering")
+        return pb.UploadAdapterResponse(committed_bytes=committed)
 
     async def QueryUpload(self, request: pb.QueryUploadRequest, context: _Context) -> pb.QueryUploadResponse:
         """How much is durable."""
@@ -144,7 +168,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             digest=request.blob.digest,
             size_bytes=request.blob.size_bytes,
             num_examples=request.num_examples,
-            metrics=dict(request.metrics),
+            metrics=_metrics_of(request),
             training_seconds=request.training_seconds,
         )
         submission = SubmitUpdate(
@@ -156,6 +180,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             update=update,
         )
         outcome = await self._service.intake.submit_update(submission, request.enrol_key)
+        reach("update.answering")
         return pb.SubmitUpdateResponse(outcome=_OUTCOMES[outcome])
 
     async def SubmitEvaluation(
@@ -168,20 +193,24 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             number=request.round,
             attempt=request.attempt,
             slice_digest=request.slice_digest,
-            evaluation=Evaluation(request.num_examples, dict(request.metrics)),
+            evaluation=Evaluation(request.num_examples, _metrics_of(request)),
         )
         outcome = await self._service.intake.submit_evaluation(submission, request.enrol_key)
+        reach("evaluation.answering")
         return pb.SubmitEvaluationResponse(outcome=_OUTCOMES[outcome])
 
     async def FailTask(self, request: pb.FailTaskRequest, context: _Context) -> pb.FailTaskResponse:
         """Takes a task back."""
-        failure = f"{request.reason}: {request.message}" if request.message else request.reason
+        reason, message = request.reason[:MAX_FAILURE_CHARS], request.message[:MAX_FAILURE_CHARS]
+        failure = f"{reason}: {message}" if message else reason
         again = await self._service.fail_task(request.client_id, request.enrol_key, request.lease_token, failure)
+        reach("failure.answering")
         return pb.FailTaskResponse(will_retry=again)
 
     async def Leave(self, request: pb.LeaveRequest, context: _Context) -> pb.LeaveResponse:
         """Good-bye."""
         await self._service.leave(request.client_id, request.enrol_key)
+        reach("leave.answering")
         return pb.LeaveResponse()
 
     def _message_of(self, task: Task) -> pb.Task:
@@ -210,10 +239,14 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         )
 
 
-async def _data_of(messages: AsyncIterator[pb.UploadAdapterRequest]) -> AsyncGenerator[bytes, None]:
-    # A function and not an expression: nothing is taken from the stream before the first chunk is wanted.
-    async for message in messages:
-        yield message.data
+async def _data_of(context: _Context) -> AsyncGenerator[bytes, None]:
+    # Nothing is taken from the stream before the first chunk is wanted, and nothing of a chunk is kept while the next
+    # one is waited for: a thousand senders may fall silent. (gRPC's own iterator keeps the message.)
+    while (message := await context.read()) is not grpc.aio.EOF:
+        data = message_of(message).data
+        del message
+        yield data
+        del data
 
 
 def _agree(lowest: int, highest: int) -> int:
@@ -226,7 +259,34 @@ def _agree(lowest: int, highest: int) -> int:
     return min(highest, PROTOCOL)
 
 
+def _metadata_of(context: _Context) -> dict[str, str]:
+    """Our own keys. Raises InvalidRequest for one that stands twice: two readers could take two different values."""
+    said: dict[str, str] = {}
+    for key, value in context.invocation_metadata() or ():
+        if str(key) in said and str(key).startswith("raflora-"):
+            raise InvalidRequest(f"upload: the metadata key {key} stands twice")
+        said[str(key)] = str(value)
+    return said
+
+
+def _offset_in(text: str) -> int:
+    if not _OFFSET.fullmatch(text):
+        raise ValueError(f"offset {text[:40]!r}")
+    return int(text)
+
+
+def _metrics_of(request: pb.SubmitUpdateRequest | pb.SubmitEvaluationRequest) -> dict[str, float]:
+    if len(request.metrics) > MAX_METRICS:  # before anything is made of them
+        raise InvalidRequest(f"{len(request.metrics)} metrics; at most {MAX_METRICS} are accepted")
+    return dict(request.metrics)
+
+
 def _spec_of(message: pb.AdapterSpec) -> AdapterSpec:
+    entries, axes = len(message.modules) + len(message.tensors), max((len(t.shape) for t in message.tensors), default=0)
+    if entries > MAX_TENSORS or axes > MAX_AXES:  # before anything is made of them
+        raise InvalidRequest(
+            f"adapter spec: {entries} entries of up to {axes} axes; at most {MAX_TENSORS} of {MAX_AXES} are accepted"
+        )
     return AdapterSpec(
         tuple(ModuleShape(m.name, m.out_features, m.in_features) for m in message.modules),
         tuple(TensorShape(t.name, tuple(t.shape)) for t in message.tensors),

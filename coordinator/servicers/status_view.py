@@ -46,8 +46,14 @@ def status_of(service: CoordinatorService) -> pb.FederationStatus:
         forecast=forecast_of(service),
         warnings=[
             *warnings_of(state, config.aggregation.options),
+            *service.sessions.alarms(engine.now),
+            *service.foundation.warnings(),
             *(f"a worker could not join: {why}" for why in service.counters.refusals),
         ],
+        security=service.security.sentence,
+        disk_bytes=service.foundation.disk.room().used_bytes,
+        disk_free_bytes=service.foundation.disk.room().free_bytes,
+        uploads_open=service.foundation.uploads.open_streams,
     )
     if opened is not None:
         status.quorum = state.known_rules.quorum_of(len(opened.assignments)) if opened.kind is Kind.TRAIN else 0
@@ -91,6 +97,7 @@ def client_summary(service: CoordinatorService, client: Client) -> pb.ClientSumm
         software_version=client.profile.software_version,
         last_failure=client.last_failure,
         slice_bytes=manifest.layout(client.rank).size_bytes if manifest else 0,
+        organisation=service.security.organisation_of(client.client_id),
     )
 
 

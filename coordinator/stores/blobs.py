@@ -5,12 +5,13 @@ Nothing here knows what the bytes mean. Four verbs, so that an object store can 
 
 import hashlib
 import os
-from contextlib import suppress
+import threading
 from pathlib import Path
 from typing import Protocol
 
 from common.codec import digest_of
 from common.errors import CorruptStore, UnknownBlob
+from common.failpoints import reach
 from common.transfer import check_digest, named_failures, sync_folder, write_durably
 
 
@@ -42,11 +43,12 @@ class FileBlobs:
         """See BlobStore. Bytes that are here but damaged are written anew."""
         digest = digest_of(content)
         path = self._path(digest)
-        if path.is_file() and _digest_of_file(path) == digest:
+        if path.is_file() and digest_of_file(path) == digest:
             sync_folder(path.parent)  # whoever wrote it may have died before this step
         else:
             self._make_shard(path.parent)
             write_durably(path, content)
+        reach("blob.stored")
         return digest
 
     def open(self, digest: str) -> Path:
@@ -61,7 +63,9 @@ class FileBlobs:
         path = self._path(digest)
         if path.is_file():
             with named_failures(path):
+                reach("blob.unlinking")
                 path.unlink(missing_ok=True)
+            reach("blob.unlinked")
             sync_folder(path.parent)
 
     def adopt(self, path: Path, digest: str) -> None:
@@ -71,14 +75,23 @@ class FileBlobs:
         """
         target = self._path(digest)
         self._make_shard(target.parent)
-        with named_failures(target), suppress(FileExistsError):
-            os.link(path, target)
+        with named_failures(target):
+            reach("blob.linking")
+            try:
+                os.link(path, target)
+            except FileExistsError:
+                if digest_of_file(target) != digest:  # sent again because what was here is damaged
+                    part = target.with_name(f"{digest}.{os.getpid()}-{threading.get_ident()}.part")
+                    part.unlink(missing_ok=True)
+                    os.link(path, part)
+                    os.replace(part, target)
+        reach("blob.linked")
         sync_folder(target.parent)
 
     def verify(self, digest: str) -> Path:
         """See BlobStore."""
         path = self.open(digest)
-        found = _digest_of_file(path)
+        found = digest_of_file(path)
         if found != digest:
             raise CorruptStore(f"blob {path}: its bytes changed on disk (their digest is {found[:12]})")
         return path
@@ -91,6 +104,7 @@ class FileBlobs:
         """Removes what a crash left half written. Only at start: nobody may be writing."""
         for part in self._root.glob("??/*.part"):
             part.unlink(missing_ok=True)
+            reach("stray.unlinked")
 
     def _path(self, digest: str) -> Path:
         check_digest(digest, "blob store")
@@ -99,10 +113,13 @@ class FileBlobs:
     def _make_shard(self, folder: Path) -> None:
         if not folder.is_dir():
             with named_failures(folder):
+                reach("shard.making")
                 folder.mkdir(exist_ok=True)
+            reach("shard.made")
         sync_folder(self._root)
 
 
-def _digest_of_file(path: Path) -> str:
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of all its bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,38 +4,38 @@ Append-only. The sequence is a compare-and-set: two coordinators that write to o
 at the first entry. Nothing here knows what an event means.
 """
 
-import hashlib
-import os
-import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import sqlalchemy as sql
-from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, OperationalError
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import QueuePool
 
-from common.errors import ConfigError, CorruptStore, JournalConflict, RafloraError, StorageFailed, TooBusy, Unavailable
-from common.transfer import sync_folder
+from common.errors import ConfigError, CorruptStore, JournalConflict, TooBusy, Unavailable
+from common.failpoints import reach
+from common.transfer import named_failures, sync_folder
+from coordinator.stores.database import (
+    ENTRIES,
+    SNAPSHOTS,
+    check_health,
+    named,
+    open_engine,
+    prepare_schema,
+    prepared,
+    public_name,
+)
+from coordinator.stores.entry import Entry, digest_of_text, first_link, link_of
+from coordinator.stores.head import Head, HeadFile
 
-SCHEMA_VERSION = 1
+__all__ = ["Entry", "Journal", "MemoryJournal", "SqlJournal", "public_name"]
+
 WAIT_SECONDS = 10.0  # for the connection, or for a foreign process that holds the database
 PAGE_ENTRIES = 1_000  # read at a time: bounds memory, and no reader holds the connection for long
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One event, as it is stored."""
-
-    sequence: int  # 1, 2, 3, ... without gaps
-    at: float  # federation seconds
-    kind: str
-    body: str  # JSON
 
 
 class Journal(Protocol):
@@ -103,54 +103,56 @@ class MemoryJournal:
 class SqlJournal:
     """A journal in a database: `sqlite:///FOLDER/journal.db`, or PostgreSQL by its URL.
 
+    Beside an SQLite file lies a head per federation, which a lost end of the journal is found by.
     Raises ConfigError for a URL that cannot be used, CorruptStore for a database that is damaged.
     """
 
     def __init__(self, url: str) -> None:
-        address = _prepared(url)
-        self._engine = _engine(address)
+        self._address = prepared(url)
+        self._is_file = self._address.get_backend_name() == "sqlite"
+        self._engine = open_engine(self._address, WAIT_SECONDS)
+        self._appending = threading.Lock()  # a commit and its head belong together
         try:
             with self._transaction() as connection:
-                _check_health(connection, address)
-                _prepare_schema(connection, address)
+                check_health(connection, self._address)
+                prepare_schema(connection, self._address)
+                reach("schema.committing")
+            reach("schema.committed")
         except OperationalError as error:
             self.close()
-            raise ConfigError(f"journal {address.database}: cannot be opened: {error.orig}") from None
+            raise ConfigError(f"journal {self._address.database}: cannot be opened: {error.orig}") from None
         except BaseException:
             self.close()
             raise
-        if address.get_backend_name() == "sqlite" and address.database:
-            sync_folder(Path(address.database).parent)
+        if self._is_file:
+            sync_folder(Path(str(self._address.database)).parent)
 
     def append(self, federation: str, entries: Sequence[Entry]) -> None:
         """See Journal."""
         if not entries:
             return
-        rows = [
-            {
-                "federation": federation,
-                "sequence": entry.sequence,
-                "at": entry.at,
-                "kind": entry.kind,
-                "body": entry.body,
-                "checksum": _checksum(entry),
-            }
-            for entry in entries
-        ]
-        newest = sql.select(sql.func.max(_ENTRIES.c.sequence)).where(_ENTRIES.c.federation == federation)
+        if not self._appending.acquire(timeout=WAIT_SECONDS):
+            raise Unavailable(f"journal: another thread has been writing for {WAIT_SECONDS:g} s")
         try:
-            with self._transaction() as connection:
-                last = connection.execute(newest).scalar() or 0
-                _check_continues(federation, last, entries)
-                connection.execute(sql.insert(_ENTRIES), rows)
+            last = self._append(federation, entries)
+            if self._is_file:
+                # Room for it was made before; where overwriting needs room too, the next append makes up for it.
+                with suppress(TooBusy):
+                    self._head_of(federation).advance(last)
         except IntegrityError as error:
             # Only a database with several writers gets here: both saw the same last entry.
             raise JournalConflict(
                 f"journal of {federation}: entry {entries[0].sequence} is already there: {error.orig}"
             ) from None
+        finally:
+            self._appending.release()
 
     def read(self, federation: str, after: int = 0) -> Iterator[Entry]:
         """See Journal."""
+        # Read first: what is appended meanwhile can only make the journal longer than this.
+        head = self._head_of(federation).read() if self._is_file else None
+        link = self._link_at(federation, after)
+        self._check_head(federation, Head(after, link), head)
         while page := self._page(federation, after):
             for row in page:
                 entry = Entry(row.sequence, row.at, row.kind, row.body)
@@ -158,32 +160,43 @@ class SqlJournal:
                     raise CorruptStore(
                         f"journal of {federation}: entry {after + 1} is missing, {entry.sequence} follows"
                     )
-                if row.checksum != _checksum(entry):
+                if row.checksum != _link(link, entry):
                     raise CorruptStore(
-                        f"journal of {federation}: entry {entry.sequence} is not what was written (checksum)"
+                        f"journal of {federation}: entry {entry.sequence} is not what was written after entry {after} "
+                        "(checksum)"
                     )
-                after = entry.sequence
+                after, link = entry.sequence, row.checksum
+                self._check_head(federation, Head(after, link), head)
                 yield entry
+        if head is not None and after < head.sequence:
+            raise CorruptStore(
+                f"journal of {federation}: it ends at entry {after}, but entry {head.sequence} was recorded and "
+                f"answered: {head.sequence - after} entries were lost from {self._address.database}. Restore a backup "
+                f"(raflora restore), or remove {self._head_file(federation)} to go on without them"
+            )
 
     def save_snapshot(self, federation: str, sequence: int, body: str) -> None:
         """See Journal."""
-        of_federation = _SNAPSHOTS.c.federation == federation
+        of_federation = SNAPSHOTS.c.federation == federation
         with self._transaction() as connection:
-            newest = connection.execute(sql.select(_SNAPSHOTS.c.sequence).where(of_federation)).scalar() or 0
+            newest = connection.execute(sql.select(SNAPSHOTS.c.sequence).where(of_federation)).scalar() or 0
             if sequence < newest:
                 return
-            connection.execute(sql.delete(_SNAPSHOTS).where(of_federation))
+            connection.execute(sql.delete(SNAPSHOTS).where(of_federation))
             row = {"federation": federation, "sequence": sequence, "body": body}
-            connection.execute(sql.insert(_SNAPSHOTS), row | {"checksum": _digest(f"{sequence}|{body}")})
+            connection.execute(sql.insert(SNAPSHOTS), row | {"checksum": digest_of_text(f"{sequence}|{body}")})
+            with named_failures(Path(self._address.database or "journal")):
+                reach("snapshot.committing")
+        reach("snapshot.committed")
 
     def latest_snapshot(self, federation: str) -> tuple[int, str] | None:
         """See Journal."""
         with self._transaction() as connection:
-            query = sql.select(_SNAPSHOTS).where(_SNAPSHOTS.c.federation == federation)
+            query = sql.select(SNAPSHOTS).where(SNAPSHOTS.c.federation == federation)
             row = connection.execute(query).one_or_none()
         if row is None:
             return None
-        if row.checksum != _digest(f"{row.sequence}|{row.body}"):
+        if row.checksum != digest_of_text(f"{row.sequence}|{row.body}"):
             raise CorruptStore(f"journal of {federation}: snapshot {row.sequence} is not what was written (checksum)")
         return row.sequence, row.body
 
@@ -191,11 +204,59 @@ class SqlJournal:
         """See Journal."""
         self._engine.dispose()
 
+    def _append(self, federation: str, entries: Sequence[Entry]) -> Head:
+        newest = (
+            sql.select(ENTRIES.c.sequence, ENTRIES.c.checksum)
+            .where(ENTRIES.c.federation == federation)
+            .order_by(ENTRIES.c.sequence.desc())
+            .limit(1)
+        )
+        with self._transaction() as connection:
+            row = connection.execute(newest).one_or_none()
+            head = Head(0, first_link(federation)) if row is None else Head(row.sequence, row.checksum)
+            if self._is_file:
+                self._head_of(federation).prepare(head)
+            _check_continues(federation, head.sequence, entries)
+            rows = []
+            for entry in entries:
+                head = Head(entry.sequence, link_of(head.checksum, entry))
+                columns = {"at": entry.at, "kind": entry.kind, "body": entry.body, "checksum": head.checksum}
+                rows.append({"federation": federation, "sequence": entry.sequence, **columns})
+            connection.execute(sql.insert(ENTRIES), rows)
+            with named_failures(Path(self._address.database or "journal")):
+                reach("journal.committing")
+        reach("journal.committed")
+        return head
+
+    def _check_head(self, federation: str, found: Head, head: Head | None) -> None:
+        if head is not None and head.sequence == found.sequence and head.checksum != found.checksum:
+            raise CorruptStore(
+                f"journal of {federation}: entry {found.sequence} is not the one that was recorded and answered, says "
+                f"{self._head_file(federation)}; does {self._address.database} belong to another state folder?"
+            )
+
+    def _link_at(self, federation: str, sequence: int) -> str:
+        """What the entry behind this one is bound to."""
+        if sequence == 0:
+            return first_link(federation)
+        query = sql.select(ENTRIES.c.checksum).where(ENTRIES.c.federation == federation, ENTRIES.c.sequence == sequence)
+        with self._transaction() as connection:
+            found = connection.execute(query).scalar()
+        if found is None:
+            raise CorruptStore(f"journal of {federation}: entry {sequence} is missing")
+        return str(found)
+
+    def _head_of(self, federation: str) -> HeadFile:
+        return HeadFile(self._head_file(federation))
+
+    def _head_file(self, federation: str) -> Path:
+        return head_file(Path(str(self._address.database)), federation)
+
     def _page(self, federation: str, after: int) -> Sequence[sql.Row[Any]]:
         query = (
-            sql.select(_ENTRIES)
-            .where(_ENTRIES.c.federation == federation, _ENTRIES.c.sequence > after)
-            .order_by(_ENTRIES.c.sequence)
+            sql.select(ENTRIES)
+            .where(ENTRIES.c.federation == federation, ENTRIES.c.sequence > after)
+            .order_by(ENTRIES.c.sequence)
             .limit(PAGE_ENTRIES)
         )
         with self._transaction() as connection:
@@ -210,62 +271,19 @@ class SqlJournal:
         except PoolTimeout:
             raise Unavailable(f"journal: its connection was in use for {WAIT_SECONDS:g} s") from None
         except OperationalError as error:
-            raise _named(error, self._engine.url) from error
+            raise named(error, self._address, WAIT_SECONDS) from error
         except DatabaseError as error:
             # SQLite reports SQLITE_CORRUPT and SQLITE_NOTADB as exactly this class, the rest as subclasses.
             if type(error) is DatabaseError:
-                raise CorruptStore(f"journal {self._engine.url.database}: {error.orig}") from None
+                raise CorruptStore(
+                    f"journal {self._address.database}: {error.orig}; restore it from a backup"
+                ) from None
             raise
 
 
-def public_name(url: str) -> str:
-    """Which database a URL names, without user, password and options; for people, and to tell databases apart."""
-    address = _address_of(url)
-    where = f"{address.host or ''}{f':{address.port}' if address.port else ''}"
-    return f"{address.get_backend_name()}://{where}/{address.database or ''}"
-
-
-def _named(error: OperationalError, address: URL) -> RafloraError | OperationalError:
-    """What went wrong with SQLite, as a type; another database's error stays what it is."""
-    # The low byte is the primary code, the rest says which of many input/output errors it was.
-    match getattr(error.orig, "sqlite_errorcode", 0) & 0xFF:
-        case sqlite3.SQLITE_BUSY:
-            return Unavailable(f"journal {address.database}: another process has locked it for {WAIT_SECONDS:g} s")
-        case sqlite3.SQLITE_FULL:
-            return TooBusy(f"journal {address.database}: the disk is full; try again later")
-        case sqlite3.SQLITE_IOERR:
-            return StorageFailed(f"journal {address.database}: the disk did not keep what it was given: {error.orig}")
-        case _:
-            return error
-
-
-_METADATA = sql.MetaData()
-_SCHEMA = sql.Table("raflora_schema", _METADATA, sql.Column("version", sql.Integer, primary_key=True))
-_ENTRIES = sql.Table(
-    "journal",
-    _METADATA,
-    sql.Column("federation", sql.Text, primary_key=True),
-    sql.Column("sequence", sql.BigInteger, primary_key=True, autoincrement=False),
-    sql.Column("at", sql.Double, nullable=False),
-    sql.Column("kind", sql.Text, nullable=False),
-    sql.Column("body", sql.Text, nullable=False),
-    sql.Column("checksum", sql.Text, nullable=False),
-)
-_SNAPSHOTS = sql.Table(
-    "snapshot",
-    _METADATA,
-    sql.Column("federation", sql.Text, primary_key=True),
-    sql.Column("sequence", sql.BigInteger, nullable=False),
-    sql.Column("body", sql.Text, nullable=False),
-    sql.Column("checksum", sql.Text, nullable=False),
-)
-_PRAGMAS = (
-    "PRAGMA journal_mode = WAL",
-    "PRAGMA synchronous = FULL",  # NORMAL may lose what was already answered
-    "PRAGMA foreign_keys = ON",
-    "PRAGMA mmap_size = 0",  # a stray write through a map would end up in the file
-    "PRAGMA trusted_schema = OFF",
-)
+def head_file(database: Path, federation: str) -> Path:
+    """Where the head of a federation lies, beside its database."""
+    return database.with_name(f"{database.name}-head-{quote(federation, safe='')}")
 
 
 def _check_continues(federation: str, last: int, entries: Sequence[Entry]) -> None:
@@ -274,85 +292,8 @@ def _check_continues(federation: str, last: int, entries: Sequence[Entry]) -> No
             raise JournalConflict(f"journal of {federation}: entry {entry.sequence} cannot follow entry {expected - 1}")
 
 
-def _checksum(entry: Entry) -> str:
-    return _digest(f"{entry.sequence}|{float(entry.at).hex()}|{entry.kind}|{entry.body}")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _address_of(url: str) -> URL:
+def _link(before: str, entry: Entry) -> str:
     try:
-        return make_url(url)
-    except ArgumentError:
-        # The text is not repeated: it may hold a password.
-        raise ConfigError("journal: not a database URL, such as sqlite:///state/journal.db") from None
-
-
-def _prepared(url: str) -> URL:
-    """The address; for SQLite its file is there and nobody else's to read (the enrolment keys are inside)."""
-    address = _address_of(url)
-    if address.get_backend_name() == "sqlite":
-        if address.database in {None, "", ":memory:"}:
-            raise ConfigError(f"journal: {url!r} names no file, so nothing would survive a restart")
-        file = Path(str(address.database))
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"journal: {file.parent} cannot be made: {error.strerror}") from None
-        try:
-            # SQLite gives its -wal and -shm files the same mode.
-            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        except OSError as error:
-            raise ConfigError(f"journal {file}: cannot be opened: {error.strerror}") from None
-    return address
-
-
-def _engine(address: URL) -> Engine:
-    try:
-        engine = sql.create_engine(
-            address,
-            poolclass=QueuePool,
-            pool_size=1,
-            max_overflow=0,
-            pool_timeout=WAIT_SECONDS,
-            pool_pre_ping=True,
-        )
-    except (ImportError, ArgumentError) as error:
-        raise ConfigError(f"journal: {address.drivername} cannot be used: {error}") from None
-    if engine.dialect.name == "sqlite":
-        sql.event.listen(engine, "connect", _configure_sqlite)
-        sql.event.listen(engine, "begin", _begin_immediate)
-    return engine
-
-
-def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    # Python's own transaction control begins too late: a SELECT before the INSERT would stand outside.
-    connection.isolation_level = None
-    for pragma in (f"PRAGMA busy_timeout = {round(WAIT_SECONDS * 1000)}", *_PRAGMAS):
-        connection.execute(pragma).close()
-
-
-def _begin_immediate(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _check_health(connection: Connection, address: URL) -> None:
-    if connection.dialect.name != "sqlite":
-        return
-    mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
-    if mode != "wal":
-        raise ConfigError(f"journal {address.database}: its file system allows no write-ahead log (mode {mode})")
-    found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
-    if found != "ok":
-        raise CorruptStore(f"journal {address.database}: {found}; restore it from a backup")
-
-
-def _prepare_schema(connection: Connection, address: URL) -> None:
-    if not sql.inspect(connection).has_table(_SCHEMA.name):
-        _METADATA.create_all(connection)
-        connection.execute(sql.insert(_SCHEMA), {"version": SCHEMA_VERSION})
-    version = connection.execute(sql.select(sql.func.max(_SCHEMA.c.version))).scalar()
-    if version != SCHEMA_VERSION:
-        raise ConfigError(f"journal {address.database}: has schema {version}, but this raflora reads {SCHEMA_VERSION}")
+        return link_of(before, entry)
+    except (TypeError, ValueError):
+        return ""  # a damaged row may hold anything in any column

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from common.errors import StateInUse
+from common.failpoints import reach
 
 LOCK_FILE = "coordinator.lock"
 
@@ -42,6 +43,7 @@ def lock_state_folder(folder: Path) -> StateLock:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)  # the journal holds enrolment keys; a folder that is there stays as it is
+    reach("folder.made")
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,6 +54,8 @@ def lock_state_folder(folder: Path) -> StateLock:
             f"{folder}: another coordinator (process {holder}) holds this state folder; "
             f"stop it, or give this one a state_dir of its own"
         ) from None
+    reach("lock.taken")
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    reach("lock.written")
     return StateLock(descriptor)

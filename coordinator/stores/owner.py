@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.errors import ConfigError, CorruptStore
-from common.transfer import write_durably
+from common.failpoints import reach
+from common.transfer import sweep_parts, write_durably
 from coordinator.stores.blobs import FileBlobs
 
 OWNER_FILE = "owner.json"
@@ -30,9 +31,10 @@ def claim_state_folder(folder: Path, owner: Owner, blobs: FileBlobs) -> None:
 
     Raises ConfigError if blobs are here and are another's; a folder without blobs changes hands.
     """
+    sweep_parts(folder)
     file = folder / OWNER_FILE
     if file.is_file():
-        found = _read(file)
+        found = owner_of(folder)
         if found == owner:
             return
         if blobs.digests():
@@ -41,9 +43,12 @@ def claim_state_folder(folder: Path, owner: Owner, blobs: FileBlobs) -> None:
                 "state_dir, or start it with the name and store.journal of the federation that lives there"
             )
     write_durably(file, json.dumps(asdict(owner)).encode())
+    reach("folder.claimed")
 
 
-def _read(file: Path) -> Owner:
+def owner_of(folder: Path) -> Owner:
+    """Whose state folder this is. Raises CorruptStore if its file is not what was written."""
+    file = folder / OWNER_FILE
     try:
         fields = json.loads(file.read_bytes())
         return Owner(str(fields["federation"]), str(fields["journal"]))

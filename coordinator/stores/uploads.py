@@ -16,8 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.errors import CorruptStore, CorruptTransfer, InvalidRequest, TooBusy, UnknownBlob, UploadTakenOver
+from common.failpoints import reach
 from common.transfer import Expected, PartFile, check_digest, named_failures, sync, sync_folder
-from coordinator.stores.blobs import FileBlobs
+from coordinator.stores.blobs import FileBlobs, digest_of_file
+from coordinator.stores.disk import Disk
 
 _FILE_NAME = re.compile(r"(?P<digest>[0-9a-f]{64})(\.(?P<size_bytes>[0-9]{1,18})\.part)?")
 
@@ -38,6 +40,7 @@ class Upload:
         with self._desk.lock:
             self._check_is_current()
             self._part.append(offset, data)
+            self._desk.note_arrival(len(data))
 
     def finish(self) -> int:
         """Ends the stream: what arrived is durable; if that is everything, the upload is complete.
@@ -68,8 +71,9 @@ class Upload:
 class UploadSpool:
     """The uploads of all clients. Every method may wait for the disk and may be called from any thread."""
 
-    def __init__(self, root: Path, blobs: FileBlobs, max_open: int) -> None:
+    def __init__(self, root: Path, blobs: FileBlobs, max_open: int, disk: Disk | None = None) -> None:
         self._root = root
+        self._disk = disk or Disk(root)
         self._blobs = blobs
         self._streams = threading.BoundedSemaphore(max_open)
         self._lock = threading.Lock()  # guards the dict below; never held while waiting for the disk
@@ -82,7 +86,8 @@ class UploadSpool:
     def begin(self, client_id: str, digest: str, size_bytes: int) -> int:
         """Announces an upload and returns how much of it is durable; `size_bytes` means that it is complete.
 
-        Ends the client's stream and drops whatever else it was sending. Raises TooBusy if no stream is free.
+        Ends the client's stream and drops whatever else it was sending. Raises TooBusy if no stream is free, or no
+        room on the disk.
         """
         expected = _expected(client_id, digest, size_bytes)
         desk = self._desk_of(client_id)
@@ -91,6 +96,7 @@ class UploadSpool:
             complete = desk.folder / digest
             if complete.is_file():
                 return _check_announced(expected, complete.stat().st_size)
+            desk.reserve(expected)
             # Until the return: so a client learns now, and not after megabytes, that there is no place for it.
             part = desk.start_stream(desk.announce(expected), expected)
             try:
@@ -131,6 +137,21 @@ class UploadSpool:
             raise UnknownBlob(f"client {client_id}: no upload with the digest {digest[:12]} is complete")
         return complete
 
+    def checked_path(self, client_id: str, digest: str) -> Path:
+        """Like completed_path, after reading every byte: it was checked when it arrived, and has lain on a disk since.
+
+        Raises CorruptTransfer, and forgets the upload, if it is no longer what arrived.
+        """
+        desk = self._desk_of(client_id)
+        with desk.lock:
+            path = self.completed_path(client_id, digest)
+            if digest_of_file(path) != digest:
+                desk.forget(digest)
+                raise CorruptTransfer(
+                    f"client {client_id}: upload {digest[:12]} changed on the coordinator's disk; send it again"
+                )
+            return path
+
     def commit(self, client_id: str, digest: str) -> None:
         """Makes a completed upload a blob, without a copy; it stays here too. Raises UnknownBlob."""
         with self._desk_of(client_id).lock:
@@ -142,14 +163,21 @@ class UploadSpool:
         with desk.lock:
             desk.forget(check_digest(digest, f"client {client_id}"))
 
-    def sweep(self, client_ids: Iterable[str]) -> None:
-        """Forgets the uploads of everybody but these clients."""
-        known = {_folder_name(client_id) for client_id in client_ids}
+    @property
+    def open_streams(self) -> int:
+        """Uploads whose bytes are arriving now."""
+        with self._lock:
+            return sum(desk.part is not None for desk in self._desks.values())
+
+    def sweep(self, client_ids: Iterable[str], gone: Iterable[str] = ()) -> None:
+        """Forgets the uploads of everybody but these clients; a stream ends by itself unless its client has gone."""
+        known, ended = ({_folder_name(client_id) for client_id in ids} for ids in (client_ids, gone))
         for folder in self._root.iterdir():
-            if folder.name not in known:
+            if folder.name not in known - ended:
                 desk = self._desk_named(folder.name)
                 with desk.lock:
-                    desk.forget_all()
+                    if desk.part is None or folder.name in ended:
+                        desk.forget_all()
 
     def _desk_of(self, client_id: str) -> "_Desk":
         return self._desk_named(_folder_name(client_id))
@@ -157,19 +185,29 @@ class UploadSpool:
     def _desk_named(self, name: str) -> "_Desk":
         with self._lock:
             if name not in self._desks:
-                self._desks[name] = _Desk(self._root / name, self._streams)
+                self._desks[name] = _Desk(self._root / name, self._streams, self._disk)
             return self._desks[name]
 
 
 class _Desk:
     """One client's folder and its only stream. The caller of every method holds the lock."""
 
-    def __init__(self, folder: Path, streams: threading.BoundedSemaphore) -> None:
+    def __init__(self, folder: Path, streams: threading.BoundedSemaphore, disk: Disk) -> None:
         self.lock = threading.Lock()
         self.folder = folder
         self.part: PartFile | None = None
         self._digest = ""  # of the stream
         self._streams = streams
+        self._disk = disk
+
+    def reserve(self, expected: Expected) -> None:
+        """Keeps room on the disk for what is still to arrive. Raises TooBusy, and changes no file then."""
+        part = self.part_of(expected.digest)
+        here = part.stat().st_size if part is not None else 0
+        self._disk.reserve(self.folder.name, max(0, expected.size_bytes - here), expected.whose)
+
+    def note_arrival(self, size_bytes: int) -> None:
+        self._disk.arrived(self.folder.name, size_bytes)
 
     def start_stream(self, path: Path, expected: Expected) -> PartFile:
         if not self._streams.acquire(blocking=False):
@@ -198,23 +236,29 @@ class _Desk:
         with named_failures(self.folder):
             self.folder.mkdir(exist_ok=True)
         with named_failures(path):
+            reach("upload.announcing")
             path.touch()
+        reach("upload.announced")
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
         return path
 
     def complete(self, part: PartFile, digest: str) -> None:
         part.finish(self.folder / digest)
+        self._disk.release(self.folder.name)
+        reach("upload.completed")
         _remove(older for older in self.folder.iterdir() if older.name != digest)
 
     def forget(self, digest: str) -> None:
         if self._digest == digest:
             self.end_stream()
+            self._disk.release(self.folder.name)
         _remove(self.folder.glob(f"{digest}*"))
         _remove_if_empty(self.folder)
 
     def forget_all(self) -> None:
         self.end_stream()
+        self._disk.release(self.folder.name)
         _remove(self.folder.glob("*"))
         _remove_if_empty(self.folder)
 
@@ -257,7 +301,9 @@ def _durable_bytes(path: Path) -> int:
 
 def _remove(paths: Iterable[Path]) -> None:
     for path in list(paths):
+        reach("upload.unlinking")
         path.unlink(missing_ok=True)
+        reach("upload.unlinked")
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -260,7 +260,7 @@ async def test_two_coordinators_cannot_share_a_port(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0"])
 async def test_an_address_that_others_can_reach_needs_tls(tmp_path: Path, listen: str) -> None:
-    with pytest.raises(ConfigError, match=r"server.listen: .* set \[server.tls\], or server.insecure = true"):
+    with pytest.raises(ConfigError, match=r"server.listen: .*`raflora init FOLDER`.* or set server.insecure = true"):
         async with serving(config_of(tmp_path, server__listen=listen)):
             pass
     assert not (tmp_path / "state").exists()

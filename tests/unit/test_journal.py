@@ -236,7 +236,7 @@ def test_a_file_that_is_no_database_is_refused_at_start(tmp_path: Path) -> None:
 def test_a_journal_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
     write_and_close(tmp_path, 1)
     tamper(tmp_path, "UPDATE raflora_schema SET version = 99")
-    with pytest.raises(ConfigError, match="schema 99, but this raflora reads 1"):
+    with pytest.raises(ConfigError, match="schema 99, but this raflora reads 2"):
         SqlJournal(url(tmp_path))
 
 

@@ -1,13 +1,19 @@
 """What a site refuses, one line a case."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from worker.config import SitePolicy
+from common.errors import ConfigError
+from worker.config import DataConfig, ModelConfig, SitePolicy, WorkerConfig
+from worker.egress import Departure, Ledger, Spent, record
 from worker.messages import Blob, Task, TaskKind
-from worker.policy import PolicyRefused, check_base_model, check_task, steps_of
+from worker.policy import PolicyRefused, check_base_model, check_budget, check_task, steps_of, stricter
+from worker.policy_file import with_policy_file
 from worker.trainer_protocol import Plan
 
 PLAN = Plan(
@@ -49,8 +55,6 @@ def test_a_task_at_every_bound_is_allowed() -> None:
     [
         (replace(TASK, lora_rank=9), "asks for rank 9; 1 to 8 is allowed"),
         (replace(TASK, lora_rank=0), "asks for rank 0; 1 to 8 is allowed"),
-        (replace(TASK, scaling=math.nan), "asks for scaling nan; a positive number is allowed"),
-        (replace(TASK, scaling=0.0), "asks for scaling 0; a positive number is allowed"),
         (replace(TASK, plan=replace(PLAN, learning_rate=0.02)), "asks for learning rate 0.02; at most 0.01 is allowed"),
         (replace(TASK, plan=replace(PLAN, learning_rate=math.nan)), "asks for learning rate nan; at most 0.01"),
         (replace(TASK, plan=replace(PLAN, learning_rate=-0.01)), "asks for learning rate -0.01; at most 0.01"),
@@ -87,3 +91,142 @@ def test_any_base_model_is_allowed_unless_the_site_lists_some() -> None:
     check_base_model(SitePolicy(allowed_base_models=("c" * 64,)), "c" * 64, "model.path")
     with pytest.raises(PolicyRefused, match=r"the federation f is the base model dddddddddddd; .* allows cccccccccccc"):
         check_base_model(SitePolicy(allowed_base_models=("c" * 64,)), "d" * 64, "the federation f")
+
+
+def test_an_empty_list_allows_nothing() -> None:
+    with pytest.raises(PolicyRefused, match="allowed_base_models allows none"):
+        check_base_model(SitePolicy(allowed_base_models=()), "c" * 64, "model.path")
+
+
+def test_infinite_steps_do_not_overflow() -> None:
+    assert steps_of(replace(BY_EPOCHS, local_epochs=1e308), num_examples=1 << 40) == math.inf
+
+
+# --- two policies
+
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+LOOSE_AND_STRICT: dict[str, tuple[Any, Any, Any]] = {  # one, other, what both allow
+    "allowed_federations": (("x", "y"), ("y", "z"), ("y",)),
+    "allowed_manifests": ((A, B), (B, C), (B,)),
+    "allowed_base_models": ((A,), (B,), ()),
+    "allowed_tasks": (None, ("image-classification",), ("image-classification",)),
+    "allowed_target_modules": (("query", "value"), ("attention.query", "key"), ("attention.query",)),
+    "allowed_modules_to_save": (("bert.pooler", "head"), ("pooler", "head"), ("bert.pooler", "head")),
+    "max_rank": (64, 8, 8),
+    "max_update_bytes": (1 << 30, 1 << 20, 1 << 20),
+    "max_local_steps": (100, 50, 50),
+    "max_learning_rate": (1.0, 0.1, 0.1),
+    "max_task_seconds": (60.0, 600.0, 60.0),
+    "max_tasks_per_day": (None, 10, 10),
+    "max_updates": (0, None, 0),
+    "max_evaluations": (3, 2, 2),
+    "min_examples": (1, 100, 100),
+    "may_send_metrics": (True, False, False),
+    "require_offline": (True, False, True),
+}
+
+
+@pytest.mark.parametrize("key", list(SitePolicy.model_fields))
+def test_of_two_policies_the_stricter_wins_whichever_comes_first(key: str) -> None:
+    one, other, both = (SitePolicy.model_validate({key: value}) for value in LOOSE_AND_STRICT[key])
+    assert stricter(one, other) == stricter(other, one) == both
+    assert stricter(one, one) == one
+    assert stricter(one, SitePolicy()) == one
+
+
+def settings(policy_file: Path | None = None, *, offline: bool = False, **policy: Any) -> WorkerConfig:
+    return WorkerConfig(
+        rank=8,
+        model=ModelConfig(path="base", offline=offline),
+        data=DataConfig(train="train.jsonl"),
+        policy=SitePolicy(**policy),
+        policy_file=policy_file,
+    )
+
+
+def test_a_policy_file_adds_to_the_settings_and_nothing_overrides_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text('max_rank = 16\nallowed_federations = ["hospitals"]\n')
+    monkeypatch.setenv("RAFLORA__MAX_RANK", "4096")
+
+    policy = with_policy_file(settings(file, max_rank=32, max_updates=5)).policy
+
+    assert (policy.max_rank, policy.max_updates, policy.allowed_federations) == (16, 5, ("hospitals",))
+    assert with_policy_file(settings(max_rank=32)).policy == SitePolicy(max_rank=32)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("max_ranks = 4", "max_ranks: there is no such key; did you mean max_rank?"),
+        ('allowed_base_models = ["abc"]', "allowed_base_models"),
+        ('allowed_target_modules = ["(a+)+$"]', "allowed_target_modules"),
+        ('allowed_tasks = ["anything"]', "allowed_tasks"),
+        ("max_rank = 4", "site policy: rank = 8, but max_rank is 4"),
+        ("require_offline = true", "site policy: require_offline is set; set model.offline = true"),
+    ],
+)
+def test_a_policy_that_does_not_hold_stops_the_worker_before_it_starts(
+    tmp_path: Path, content: str, sentence: str
+) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        with_policy_file(settings(file))
+    assert sentence in str(error.value)
+
+
+def test_a_policy_file_that_is_not_there_stops_the_worker(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such file"):
+        with_policy_file(settings(tmp_path / "policy.toml"))
+
+
+def test_an_offline_worker_may_start_where_that_is_required() -> None:
+    with_policy_file(settings(offline=True, require_offline=True))
+
+
+# --- budgets
+
+DAY = 86_400.0
+EVALUATE = replace(TASK, kind=TaskKind.EVALUATE)
+
+
+@pytest.mark.parametrize(
+    ("policy", "task", "spent", "is_allowed"),
+    [
+        (SitePolicy(max_updates=3), TASK, Spent(updates=2, evaluations=9), True),
+        (SitePolicy(max_updates=3), TASK, Spent(updates=3), False),
+        (SitePolicy(max_updates=0), EVALUATE, Spent(), True),
+        (SitePolicy(max_evaluations=3), EVALUATE, Spent(evaluations=3), False),
+        (SitePolicy(max_evaluations=3), TASK, Spent(evaluations=3), True),
+        (SitePolicy(max_tasks_per_day=2), TASK, Spent(updates=9, evaluations=9, last_day=1), True),
+        (SitePolicy(max_tasks_per_day=2), EVALUATE, Spent(last_day=2), False),
+    ],
+)
+def test_a_budget_counts_updates_and_evaluations_apart(
+    policy: SitePolicy, task: Task, spent: Spent, is_allowed: bool
+) -> None:
+    if is_allowed:
+        check_budget(policy, task, spent)
+    else:
+        with pytest.raises(PolicyRefused, match=r"results have left.* are allowed"):
+            check_budget(policy, task, spent)
+
+
+def test_what_has_left_is_counted_from_the_report_of_this_and_earlier_runs(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    assert ledger.spent(now_seconds=0.0) == Spent()
+    for kind in ("join", "update", "evaluation", "failure"):
+        record(tmp_path, Departure(kind), time="2001-09-09T01:46:40+00:00")  # at 1e9 seconds
+    assert ledger.spent(now_seconds=1e9 + 1) == Spent(updates=1, evaluations=1, last_day=2)
+
+    record(tmp_path, Departure("update"), time="2001-09-10T01:46:40+00:00")
+    assert ledger.spent(now_seconds=1e9 + DAY) == Spent(updates=2, evaluations=1, last_day=1)
+    assert Ledger(tmp_path).spent(now_seconds=1e9 + DAY) == Spent(updates=2, evaluations=1, last_day=1)
+
+
+def test_a_line_that_a_crash_tore_counts_as_one_of_each(tmp_path: Path) -> None:
+    (tmp_path / "egress.jsonl").write_text(json.dumps({"kind": "update"})[:10] + "\n[]\n")
+    assert Ledger(tmp_path).spent(now_seconds=1e9) == Spent(updates=2, evaluations=2, last_day=2)

@@ -161,14 +161,16 @@ class JoinResponse(_message.Message):
     def __init__(self, lora_rank: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., heartbeat_seconds: _Optional[float] = ..., lease_ttl_seconds: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., status_sentence: _Optional[str] = ...) -> None: ...
 
 class PollTaskRequest(_message.Message):
-    __slots__ = ("client_id", "enrol_key", "wait_seconds")
+    __slots__ = ("client_id", "enrol_key", "wait_seconds", "session")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     ENROL_KEY_FIELD_NUMBER: _ClassVar[int]
     WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     enrol_key: str
     wait_seconds: float
-    def __init__(self, client_id: _Optional[str] = ..., enrol_key: _Optional[str] = ..., wait_seconds: _Optional[float] = ...) -> None: ...
+    session: str
+    def __init__(self, client_id: _Optional[str] = ..., enrol_key: _Optional[str] = ..., wait_seconds: _Optional[float] = ..., session: _Optional[str] = ...) -> None: ...
 
 class PollTaskResponse(_message.Message):
     __slots__ = ("task", "finished", "status_sentence")
@@ -235,16 +237,18 @@ class TrainingPlan(_message.Message):
     def __init__(self, learning_rate: _Optional[float] = ..., local_steps: _Optional[int] = ..., local_epochs: _Optional[float] = ..., batch_size: _Optional[int] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., warmup_steps: _Optional[int] = ..., seed: _Optional[int] = ..., freezes_lora_a: _Optional[bool] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("client_id", "enrol_key", "lease_token", "progress")
+    __slots__ = ("client_id", "enrol_key", "lease_token", "progress", "session")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     ENROL_KEY_FIELD_NUMBER: _ClassVar[int]
     LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     enrol_key: str
     lease_token: int
     progress: Progress
-    def __init__(self, client_id: _Optional[str] = ..., enrol_key: _Optional[str] = ..., lease_token: _Optional[int] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
+    session: str
+    def __init__(self, client_id: _Optional[str] = ..., enrol_key: _Optional[str] = ..., lease_token: _Optional[int] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., session: _Optional[str] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("activity", "step", "total_steps", "train_loss")

@@ -1,0 +1,106 @@
+"""`raflora init`: an authority, the operator's identity and a settings file with certificates for everybody."""
+
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.types import UInt16
+
+from cli.authority import ACCESS_DAYS, open_desk
+from common.errors import ConfigError
+from common.identity import Role
+from common.identity_folder import ADDRESS_FILE
+from common.transfer import write_durably
+from coordinator.identity import authority as certificates
+from coordinator.identity.authority import new_authority
+
+_LOCAL_NAMES = ("localhost", "127.0.0.1")
+_PRIVATE = 0o600
+
+_SETTINGS = """\
+name = {name}
+state_dir = {state_dir}  # journal and adapters; a restart goes on from here
+export_dir = {export_dir}  # the newest adapter as a PEFT folder
+
+[server]
+listen = {listen}  # one port, for workers and operators alike
+
+[server.identity]                 # mutual TLS: everybody shows a certificate of the authority in this folder
+folder = {folder}  # whoever reads it can let anybody in
+names = {names}  # by which workers reach this machine
+
+[model]                           # yours: see docs/data-and-models.md
+base_model = "distilbert/distilbert-base-uncased"   # a name for people; every worker says where its copy is
+task = "sequence-classification"
+labels = ["no", "yes"]
+
+[adapter]
+target_modules = ["q_lin", "v_lin"]                 # as in PEFT; `raflora spec` shows what they match
+modules_to_save = ["pre_classifier", "classifier"]  # the new head
+global_rank = 64
+wire_dtype = "bfloat16"                             # half the bytes, 1e-3 in the product
+
+[rounds]
+num_rounds = 40
+min_clients = 2
+quorum = 2                        # updates; a share such as 0.8 works too
+round_deadline_seconds = 1800
+
+[training]
+learning_rate = 1e-3              # decays linearly to a tenth over the rounds
+local_epochs = 1
+batch_size = 32
+"""
+
+
+def init(
+    folder: Path,
+    /,
+    *,
+    name: Annotated[
+        tuple[str, ...], Parameter(help="HOST by which workers reach the coordinator; repeatable, the best first.")
+    ] = (),
+    federation: Annotated[str, Parameter(help="What the federation is called.")] = "federation",
+    port: Annotated[UInt16, Parameter(help="Where the coordinator will listen.")] = 7070,
+    if_missing: Annotated[bool, Parameter(help="Do nothing if FOLDER was made before.")] = False,
+) -> None:
+    """Makes FOLDER with an authority of the federation's own, the operator's identity and federation.toml.
+
+    Nothing that is there is overwritten. Keep FOLDER/authority to yourself: it can let anybody in.
+    """
+    folder = folder.resolve()
+    parts = [folder / part for part in ("authority", "operator", "federation.toml")]
+    found = [part for part in parts if part.exists()]
+    if if_missing and len(found) == len(parts):
+        return
+    if found:
+        raise ConfigError(f"{found[0]} is there already, and nothing is overwritten; choose another folder")
+    authority_folder, operator, settings = parts
+    _make_authority(authority_folder, federation, f"{(name or (socket.gethostname(),))[0]}:{port}")
+    names = tuple(dict.fromkeys([*(name or (socket.gethostname(),)), *_LOCAL_NAMES]))
+    desk = open_desk(authority_folder)
+    desk.write_identity("operator", Role.OPERATOR, ACCESS_DAYS, operator)
+    text = _SETTINGS.format(
+        name=json.dumps(federation),
+        state_dir=json.dumps(str(folder / "state")),
+        export_dir=json.dumps(str(folder / "adapter")),
+        listen=json.dumps(f"0.0.0.0:{port}"),
+        folder=json.dumps(str(authority_folder)),
+        names=json.dumps(names),
+    )
+    write_durably(settings, text.encode())
+    print(f"1. write your model into {settings}, then: raflora coordinator --config {settings}")
+    print(f"2. for every site:          raflora site add NAME --folder {authority_folder}")
+    print(f"3. to look and to operate:  raflora status --identity {operator}")
+
+
+def _make_authority(folder: Path, federation: str, address: str) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700)
+    authority = new_authority(federation, time.time)
+    write_durably(folder / certificates.KEY_FILE, authority.key, mode=_PRIVATE)
+    write_durably(folder / certificates.CERTIFICATE_FILE, authority.certificate, mode=_PRIVATE)
+    write_durably(folder / ADDRESS_FILE, f"{address}\n".encode(), mode=_PRIVATE)

@@ -1,0 +1,38 @@
+"""Who is killed at which step: a function of the seed and nothing else, so that any run can be had again.
+
+Every process of a federation has a list of lives. A life ends at a step whose number is drawn here; early steps are
+drawn more often, because a start has many of them that a long life would hide.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+COORDINATOR = "coordinator"
+LONGEST_LIFE = {COORDINATOR: 900, "": 400}  # steps; "": a worker
+REFUSED_COMMITS = 6  # one life of the coordinator in so many finds its disk full at one commit
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The lives of one federation of a campaign."""
+
+    seed: int
+    federation: int
+
+    def step_of(self, key: str, life: int) -> int:
+        """At which step this life of this process ends."""
+        chance = self._chance(key, life)
+        longest = LONGEST_LIFE.get(key, LONGEST_LIFE[""])
+        return max(1, round(math.exp(chance.uniform(0.0, math.log(longest)))))
+
+    def plan_of(self, key: str, life: int) -> str:
+        """The same as a plan of failpoints."""
+        plan = f"kill@{self.step_of(key, life)}"
+        chance = self._chance(f"{key} full", life)
+        if key == COORDINATOR and chance.randrange(REFUSED_COMMITS) == 0:
+            plan += f",fail@journal.committing:{chance.randrange(1, 20)}=ENOSPC"
+        return plan
+
+    def _chance(self, key: str, life: int) -> random.Random:
+        return random.Random(f"{self.seed}/{self.federation}/{key}/{life}")  # noqa: S311 - to be had again
