@@ -31,7 +31,7 @@ FROM ${PYTHON_IMAGE} AS base
 ENV PATH=/opt/raflora/bin:$PATH PYTHONUNBUFFERED=1
 RUN groupadd --gid 10001 raflora \
     && useradd --uid 10001 --gid raflora --create-home --shell /usr/sbin/nologin raflora \
-    && install --directory --owner raflora --group raflora /state /adapter
+    && install --directory --owner raflora --group raflora /state /adapter /join
 USER raflora
 WORKDIR /state
 VOLUME ["/state"]

@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench picture rank-collapse theorem proto docs compose-test clean
+.PHONY: help setup check test demo bench load soak picture rank-collapse theorem proto docs compose-test clean fuzz kills
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +41,24 @@ test: setup  ## every test that needs no GPU and no Docker
 demo: setup  ## a real federation of five workers on this machine, about two minutes
 	$(BIN)/raflora demo
 
+fuzz: setup  ## hostile uploads and requests: make fuzz SEED=1 MUTANTS=1000000 REQUESTS=20000, or SEED=1 REPLAY=4711
+	PYTHONPATH=tests:proto $(BIN)/python -m faults.fuzz_codec --seed $(or $(SEED),1) --mutants $(or $(MUTANTS),100000) $(if $(REPLAY),--replay $(REPLAY))
+	$(if $(REPLAY),,PYTHONPATH=tests:proto $(BIN)/python -m faults.fuzz_requests --seed $(or $(SEED),1) --requests $(or $(REQUESTS),5000))
+
+kills: setup  ## kill -9 at seeded steps, compared with an undisturbed run: make kills SEED=7 KILLS=1000
+	PYTHONPATH=tests:proto $(BIN)/python -m faults.command --seed $(or $(SEED),7) --kills $(or $(KILLS),1000) --format $(or $(FORMAT),table)
+
 bench: setup  ## our aggregation against the dense formulation, about a minute
 	$(BIN)/python -m benchmarks.aggregation
+
+load: setup  ## many and large clients against a real coordinator: memory, handles, patience (Linux, about ten minutes)
+	$(BIN)/python -m benchmarks.load.uploads
+	$(BIN)/python -m benchmarks.load.stalled
+	$(BIN)/python -m benchmarks.load.idle
+
+soak: setup  ## a federation with seeded trouble that must not grow: make soak MINUTES=60 SEED=1
+	mkdir -p runs
+	$(BIN)/python -m benchmarks.load.soak --minutes $(or $(MINUTES),60) --seed $(or $(SEED),1) --figure runs/soak.png
 
 picture: setup  ## draw the README's picture anew from the last demo's results
 	$(BIN)/python -m benchmarks.collapse_picture runs/demo/results.json docs/images/energy.png

@@ -35,13 +35,13 @@ _TORCH = "import torch; c = torch.cuda; print(torch.__version__, c.is_available(
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
-def check_versions(*, is_worker: bool) -> Iterator[Check]:
-    """Python, ours and the libraries'."""
+def check_versions(role: str = "") -> Iterator[Check]:
+    """Python, ours and the libraries' that a worker or coordinator needs; of nobody in particular: no more."""
     python = ".".join(map(str, sys.version_info[:3]))
     yield ok("versions", f"raflora {software_version()}, Python {python}, grpcio {version('grpcio')}")
-    if is_worker:
+    if role == "worker":
         yield _worker_packages()
-    else:
+    elif role == "coordinator":
         yield _sqlite(sqlite3.sqlite_version_info)
 
 

@@ -142,6 +142,7 @@ def _refused(error: RafloraError) -> Check:
         "revoked": "ask the operator for a new join token (raflora site add SITE) or identity (raflora access add)",
         "bad_join_token": "ask the operator for a new join token (raflora site add SITE --again)",
         "not_authenticated": "show a certificate of this federation: a join token, or --identity FOLDER",
+        "unavailable": "check host and port, or try again",
         "protocol_unsupported": "install the version of raflora that the coordinator has",
     }
     return failed("federation", plain(str(error)), advice.get(error.reason, ""))

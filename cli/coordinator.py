@@ -10,6 +10,7 @@ from common.failpoints import arm_as_planned
 from common.logs import set_up_logs
 from common.memory import keep_memory_flat
 from common.settings import failpoints_plan, load_settings
+from common.transfer import sweep_parts
 from coordinator.config import CoordinatorConfig
 from coordinator.server import run_coordinator
 from worker.peft_format import write_peft_folder
@@ -37,6 +38,7 @@ async def coordinator(
 def _export(folder: Path, published: "PublishedAdapter") -> None:
     """The newest adapter as a stock PEFT folder, in place of the one before."""
     manifest = published.manifest
+    sweep_parts(folder)  # of an export that a crash interrupted
     write_peft_folder(
         folder,
         published.adapter,

@@ -67,7 +67,7 @@ async def _checks(
     config: Path | None, role: Role | None, overrides: tuple[str, ...], connection: Connection
 ) -> AsyncIterator[Check]:
     if config is None and role is None:
-        for check in check_versions(is_worker=False):
+        for check in check_versions():
             yield check
         async for check in _observer(connection):
             yield check
@@ -81,7 +81,7 @@ async def _checks(
         yield failed("settings", str(error), "`raflora config worker` and `raflora config coordinator` list every key")
         return
     yield ok("settings", f"{config or 'the environment'}: a {role}'s")
-    for check in check_versions(is_worker=role == "worker"):
+    for check in check_versions(role):
         yield check
     if isinstance(settings, WorkerConfig):
         async for check in _worker(settings, connection.timeout_seconds):

@@ -19,6 +19,7 @@ from common.errors import ConfigError
 
 MAX_MESSAGE_BYTES = 4 << 20  # gRPC's default; nothing here needs more
 MAX_CALLS_PER_CONNECTION = 16
+MAX_PENDING_CALLS = 10_000  # that have arrived and wait for the event loop; gRPC ends those beyond, as CANCELLED
 WINDOW_BYTES = 1 << 20  # of a stream to the coordinator: what it may have to hold for each upload beside a message
 REASON_KEY = "raflora-reason"
 COMMITTED_BYTES_KEY = "raflora-committed-bytes"
@@ -102,6 +103,9 @@ def server_options(keepalive: Keepalive) -> Options:
         ("grpc.max_connection_age_grace_ms", _ms(keepalive.connection_grace_seconds)),
         ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        # As it comes it begins to end calls at 1,000: all workers ask at once when a coordinator starts anew.
+        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING_CALLS),
         # gRPC's own estimate takes a disk that is behind for a wire that is long, and buffers 20 MB for every upload.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", WINDOW_BYTES),

@@ -1,8 +1,8 @@
 """Which process speaks for a client: two with one identity (a copied state folder) must not take tasks from each other.
 
-A worker gives itself a session when it starts. Of two sessions of one client the one that was first heard later is the
-newer: it goes on, and the older one is told to end. A worker that was restarted never speaks with its old session again,
-so it raises no alarm. Volatile: after a restart of the coordinator everybody is new once more, and the same rule holds.
+A worker gives itself a session when it starts. Of two sessions of one client the one that was first heard later is
+the newer: it goes on, and the older one is told to end. A worker that was restarted never speaks with its old session
+again, so it raises no alarm. Volatile: after a restart of the coordinator everybody is new, and the same rule holds.
 """
 
 from collections import deque

@@ -41,7 +41,7 @@ class HostileCoordinator(ScriptedCoordinator):
         self.heard: list[bytes] = []
         self.metadata: dict[str, set[str]] = {}
 
-    async def start(self, *, serves_federation: bool = True) -> None:
+    async def start(self, *, serves_federation: bool = True) -> None:  # noqa: ARG002 (it always does)
         self._server = grpc.aio.server(options=server_options(Keepalive()), interceptors=[_Ear(self)])
         rpc.add_FederationServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
@@ -53,7 +53,7 @@ class HostileCoordinator(ScriptedCoordinator):
         return any(secret.encode() in content for content in everything)
 
 
-class _Ear(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc's stubs make it Any
+class _Ear(grpc.aio.ServerInterceptor):
     """Hears every call before the servicer does, and answers in its place where a test wants it."""
 
     def __init__(self, owner: HostileCoordinator) -> None:
@@ -129,8 +129,10 @@ async def watched_site(folder: Path) -> AsyncIterator[WatchedSite]:
     coordinator = HostileCoordinator(Script(blobs={SLICE_DIGEST: SLICE}))
     await coordinator.start()
     (folder / f"{CANARY}-patients.jsonl").write_text(f'{{"text": "{CANARY} Jane Doe", "label": "yes"}}\n')
-    yield WatchedSite(coordinator, folder, InstantClock())
-    await coordinator.stop()
+    try:
+        yield WatchedSite(coordinator, folder, InstantClock())
+    finally:
+        await coordinator.stop()
 
 
 def welcome(*, protocol: int = 1, federation: str = "scripted", **model: Any) -> Says:

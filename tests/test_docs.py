@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from common.settings import Section, load_settings
 from coordinator.config import CoordinatorConfig
 from simulation.experiment import ExperimentConfig
-from worker.config import WorkerConfig
+from worker.config import SitePolicy, WorkerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a settings file of each role must at least hold; a block in a page is a part that is put on top of it.
@@ -43,6 +43,7 @@ ROLES: dict[str, tuple[type[Section], str]] = {
         arms = [{ name = "raflora" }]
         """,
     ),
+    "policy.toml": (SitePolicy, ""),
     "worker.toml": (WorkerConfig, 'rank = 4\nmodel = { path = "base" }\ndata = { train = "train.jsonl" }'),
 }
 _LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\s*\)")

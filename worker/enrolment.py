@@ -20,6 +20,7 @@ from common.errors import (
     ProtocolTooOld,
     RafloraError,
     Revoked,
+    StorageFailed,
 )
 from common.identity_folder import IdentityFolder
 from common.join_token import JoinToken
@@ -33,7 +34,8 @@ from worker.identity import client_id_of
 LONGEST_SLEEP_SECONDS = 3600.0  # a machine that was suspended must notice how late it is
 WATCH_SECONDS = 30.0  # between two looks at certificate files of the site's own
 _SPREAD = 0.1  # of a third of the life: a thousand workers that joined together renew one after the other
-_REFUSALS = (Revoked, NotAuthenticated, NotAllowed, BadJoinToken)
+# What no further attempt mends; after a failed fsync least of all.
+_FINAL = (Revoked, NotAuthenticated, NotAllowed, BadJoinToken, StorageFailed)
 
 log = structlog.get_logger()
 
@@ -133,7 +135,7 @@ class Renewal:
             trusted = self._folder.tls.read().authority or b""
             renewed = await asyncio.to_thread(certificates.keep, self._folder, issued, key, trusted)
             await self._client.reconnect()
-        except _REFUSALS:
+        except _FINAL:
             raise
         except RafloraError as error:
             now = self._clock.wall_time()

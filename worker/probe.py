@@ -85,7 +85,7 @@ def probe(address: str, tls: Tls | Pem | None, timeout_seconds: float, now: floa
             took = time.monotonic() - began
             connection.settimeout(timeout_seconds)
             if tls is None:
-                failed, cause, server = *_hello(connection, "in the clear"), None
+                failed, cause, server = *_in_the_clear(connection, host, port, timeout_seconds), None
             else:
                 failed, cause, server = _over_tls(connection, host, port, _Tls(tls, timeout_seconds, clock))
     except OSError as error:
@@ -129,6 +129,17 @@ def _over_tls(connection: socket.socket, host: str, port: int, how: _Tls) -> tup
 
 
 _CLOSED = "closed the connection"
+_THEY_SPEAK_TLS = (
+    "it speaks TLS, but this side speaks in the clear; show a join token, an identity or certificate files"
+)
+
+
+def _in_the_clear(connection: socket.socket, host: str, port: int, timeout_seconds: float) -> tuple[Step, str]:
+    failed, cause = _hello(connection, "in the clear")
+    # A gRPC server with TLS does not complain about a hello in the clear; it closes.
+    if cause.endswith(_CLOSED) and _shown(host, port, timeout_seconds) is not None:
+        return failed, _THEY_SPEAK_TLS
+    return failed, cause
 
 
 def _hello(connection: socket.socket, how: str) -> tuple[Step, str]:
@@ -147,7 +158,7 @@ def _hello(connection: socket.socket, how: str) -> tuple[Step, str]:
     if answer.startswith(b"HTTP/1"):
         return Step.HTTP2, f"connected ({how}), but a web server answers (HTTP/1), not a coordinator"
     if answer[0] in _TLS_RECORDS and how != "TLS":
-        return Step.HTTP2, "it speaks TLS, but this side speaks in the clear; give the certificate files"
+        return Step.HTTP2, _THEY_SPEAK_TLS
     return Step.HTTP2, f"connected ({how}), but what answers is no gRPC server"
 
 

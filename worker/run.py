@@ -2,7 +2,8 @@
 
 import asyncio
 import signal
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 import structlog
 
@@ -36,16 +37,38 @@ async def run_worker(config: WorkerConfig) -> None:
 async def work(config: WorkerConfig, trainer_command: Sequence[str] = DEFAULT_COMMAND, clock: Clock = Clock()) -> None:
     """The same in a state folder that is already held, with another trainer or clock."""
     config = with_policy_file(config)
-    contact = Contact(config.state_dir, clock)
-    admission = await admit(config, contact, clock)
+    contact, where = Contact(config.state_dir, clock), config.coordinator
     try:
-        await _work_as(admission, config, trainer_command, clock)
-    except Revoked as error:
-        where = config.coordinator
-        if admission.identity is None or not (where.join_token or where.join_token_file):
-            raise
-        log.warning(f"{error}; coming in again with the join token")
-        await _work_as(await admit(config, contact, clock, anew=True), config, trainer_command, clock)
+        admission = await _unless_terminated(admit(config, contact, clock))
+        try:
+            await _work_as(admission, config, trainer_command, clock)
+        except Revoked as error:
+            if admission.identity is None or not (where.join_token or where.join_token_file):
+                raise
+            log.warning(f"{error}; coming in again with the join token")
+            admission = await _unless_terminated(admit(config, contact, clock, anew=True))
+            await _work_as(admission, config, trainer_command, clock)
+    except _Terminated:
+        log.info("terminated")
+
+
+class _Terminated(Exception):
+    """SIGTERM came before there was anybody to say goodbye to."""
+
+
+async def _unless_terminated(coming_in: Coroutine[Any, Any, Admission]) -> Admission:
+    """The admission. Raises _Terminated."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.create_task(coming_in)
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise _Terminated
+        return task.result()
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+        task.cancel()
 
 
 async def _work_as(admission: Admission, config: WorkerConfig, trainer_command: Sequence[str], clock: Clock) -> None:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,12 @@ from coordinator.federation.events import RoundOpened, UpdateAccepted
 from coordinator.stores.event_codec import event_of
 from coordinator.stores.journal import SqlJournal
 
-# A slope within these is flat. A federation remembers every round, so memory is counted against rounds.
-MEMORY_KIB_A_ROUND = 32.0
-HANDLES_A_HOUR = 60.0  # connections come and go by the dozen; a leak of one a trouble makes a thousand an hour
+# A slope is flat if it is not surely above its bound: twice its standard error is taken off before they are compared.
+# A federation remembers every round and who contributed, so memory is counted against contributions.
+MEMORY_KIB_A_CONTRIBUTION = 4.0
+HANDLES_A_HOUR = 20.0  # troubles come by the thousand an hour: a leak of one a trouble is far above
 THREADS_A_HOUR = 20.0
-BLOBS_A_HOUR = 60.0
+FILES_A_HOUR = 20.0
 WARM_UP_SECONDS = 30.0  # of every life of the coordinator, before its samples count
 
 
@@ -86,49 +87,56 @@ def check_promises(journal_file: Path, federation: str, acknowledged: set[Key]) 
     )
 
 
-def slope(samples: Sequence[Sample], x: Callable[[Sample], float], y: Callable[[Sample], float]) -> float:
-    """Least squares with one slope for all lives of the coordinator and an intercept for each; 0 without two points."""
+@dataclass(frozen=True)
+class Slope:
+    """A straight line's rise, and how well it is known."""
+
+    rise: float
+    error: float  # standard error
+
+    @property
+    def least(self) -> float:
+        """What it surely is at least; 0 if it may be nothing."""
+        return max(0.0, self.rise - 2 * self.error)
+
+
+def slope(samples: Sequence[Sample], x: Callable[[Sample], float], y: Callable[[Sample], float]) -> Slope:
+    """Least squares with one slope for all lives of the coordinator and an intercept for each."""
     across: list[float] = []
     up: list[float] = []
+    lives = 0
     for life in {sample.life for sample in samples}:
         warm = [s for s in samples if s.life == life and s.life_seconds >= WARM_UP_SECONDS]
         if len(warm) > 1:
             xs, ys = np.array([x(s) for s in warm]), np.array([y(s) for s in warm])
             across += list(xs - xs.mean())
             up += list(ys - ys.mean())
-    spread = float(np.dot(across, across))
-    return float(np.dot(across, up)) / spread if spread else 0.0
-
-
-def overall_slope(samples: Sequence[Sample], x: Callable[[Sample], float], y: Callable[[Sample], float]) -> float:
-    """The same over all samples, for what outlives the coordinator's process."""
-    if len(samples) < 2:
-        return 0.0
-    xs, ys = np.array([x(s) for s in samples]), np.array([y(s) for s in samples])
-    return float(np.polyfit(xs, ys, 1)[0]) if np.ptp(xs) else 0.0
+            lives += 1
+    spread, freedom = float(np.dot(across, across)), len(across) - lives - 1
+    if not spread or freedom < 1:
+        return Slope(0.0, 0.0)
+    rise = float(np.dot(across, up)) / spread
+    rest = np.array(up) - rise * np.array(across)
+    return Slope(rise, float(np.sqrt(np.dot(rest, rest) / freedom / spread)))
 
 
 def figures_of(samples: Sequence[Sample], promises: Promises, start_seconds: Sequence[float]) -> tuple[Figure, ...]:
     """Slopes with their bounds, promises, and what grows by design without one."""
     last = samples[-1]
+    contributions = promises.acknowledged / max(1, last.rounds)  # a round
+    # What outlives the process is one line over all lives.
+    one_life = [replace(sample, life=0, life_seconds=sample.at_seconds) for sample in samples]
     return (
-        Figure(
-            "memory a round",
-            slope(samples, _rounds, lambda s: s.usage.anonymous_bytes / 1024),
+        *_flat(
+            "memory a contribution",
+            slope(samples, lambda s: s.rounds * contributions, lambda s: s.usage.anonymous_bytes / 1024),
             "KiB",
-            MEMORY_KIB_A_ROUND,
+            MEMORY_KIB_A_CONTRIBUTION,
         ),
-        Figure("memory an hour", slope(samples, _hours, lambda s: s.usage.anonymous_bytes / (1 << 20)), "MiB"),
-        Figure("open files an hour", slope(samples, _hours, lambda s: s.usage.handles), "", HANDLES_A_HOUR),
-        Figure("threads an hour", slope(samples, _hours, lambda s: s.usage.threads), "", THREADS_A_HOUR),
-        Figure(
-            "files in the state folder an hour", overall_slope(samples, _hours, lambda s: s.blobs), "", BLOBS_A_HOUR
-        ),
-        Figure(
-            "journal a round (it keeps everything)",
-            overall_slope(samples, _rounds, lambda s: s.journal_bytes / 1024),
-            "KiB",
-        ),
+        *_flat("open files an hour", slope(samples, _hours, lambda s: s.usage.handles), "", HANDLES_A_HOUR),
+        *_flat("threads an hour", slope(samples, _hours, lambda s: s.usage.threads), "", THREADS_A_HOUR),
+        *_flat("files in the state folder an hour", slope(one_life, _hours, lambda s: s.blobs), "", FILES_A_HOUR),
+        Figure("journal a round, for ever", last.journal_bytes / max(1, last.rounds) / 1024, "KiB"),
         Figure("state folder at the end", last.disk_bytes / (1 << 20), "MiB"),
         Figure("journal at the end", last.journal_bytes / (1 << 20), "MiB"),
         Figure("memory at the end", last.usage.rss_bytes / (1 << 20), "MiB"),
@@ -141,6 +149,10 @@ def figures_of(samples: Sequence[Sample], promises: Promises, start_seconds: Seq
         Figure("of them not in the journal", promises.missing, "", 0),
         Figure("updates in the journal twice", promises.repeated, "", 0),
     )
+
+
+def _flat(name: str, found: Slope, unit: str, bound: float) -> tuple[Figure, Figure]:
+    return Figure(name, found.rise, unit), Figure(f"{name}, surely", found.least, unit, bound)
 
 
 def draw(samples: Sequence[Sample], file: Path) -> None:
@@ -164,10 +176,6 @@ def draw(samples: Sequence[Sample], file: Path) -> None:
         axes.set_xlabel("minutes")
         axes.set_ylim(bottom=0)
     canvas.savefig(file, dpi=110)
-
-
-def _rounds(sample: Sample) -> float:
-    return float(sample.rounds)
 
 
 def _hours(sample: Sample) -> float:

@@ -204,4 +204,6 @@ def check_join(request: Join) -> None:
         raise InvalidRequest(f"{whose}: num_examples {profile.num_examples}; at most {MAX_EXAMPLES} are accepted")
     # JSON has no word for what is not finite: the journal could not be read again.
     if not (isfinite(profile.examples_per_second) and profile.examples_per_second >= 0.0):
-        raise InvalidRequest(f"{whose}: examples_per_second {profile.examples_per_second}; a finite number, not below 0, is expected")
+        raise InvalidRequest(
+            f"{whose}: examples_per_second {profile.examples_per_second}; a finite number, not below 0, is expected"
+        )

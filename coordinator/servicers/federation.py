@@ -109,7 +109,8 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         return pb.PollTaskResponse(
             task=None if task is None else self._message_of(task),
             finished=self._service.engine.state.phase is Phase.FINISHED,
-            status_sentence=self._service.explanation(),
+            # Why there is none; the sentence looks at the whole cohort, and a cohort asks in the same moment.
+            status_sentence="" if task is not None else self._service.explanation(),
         )
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: _Context) -> pb.HeartbeatResponse:

@@ -123,7 +123,7 @@ class Disk:
         return Room(self._used_bytes + self._arrived_bytes, self._free_bytes(self._folder), sum(self._awaited.values()))
 
     def _measure_if_old(self) -> None:
-        if self._limits.disk_bytes is not None and self._clock() - self._measured_at >= MEASURE_SECONDS:
+        if self._clock() - self._measured_at >= MEASURE_SECONDS:
             self.measure()
 
 

@@ -307,30 +307,38 @@ class Campaign:
 
 
 class EachStep:
-    """Plans that kill processes at every step once, at the first time they come to it; then they may live.
+    """Plans that kill these processes at every step once, at the first time they come to it; then they may live."""
 
-    With `varies` not the first time, but now the first, now the fourth, the seventh, the third.. and so on; and the
-    coordinator's disk is full at one commit of each life.
-    """
-
-    def __init__(self, steps: Iterable[str], folder: Path, keys: Collection[str], varies: bool = False) -> None:
+    def __init__(self, steps: Iterable[str], folder: Path, keys: Collection[str]) -> None:
         self._steps = sorted(steps)
         self._folder = folder
-        self._keys = keys
-        self._varies = varies
-        self._done: dict[str, set[str]] = {}
+        self._done: dict[str, set[str]] = {key: set() for key in keys}
 
     def __call__(self, key: str, life: int) -> str:
         """See PlanOf."""
-        if key not in self._keys:
+        if key not in self._done:
             return ""
-        done = self._done.setdefault(key, set())
         if life:
-            done |= {last_step(self._folder / f"{key}.{life - 1}.trace")}
-        hit = 1 + 3 * life % 8 if self._varies else 1
-        plan = [f"kill@{step}:{hit}" for step in self._steps if step not in done]
-        if self._varies and key == COORDINATOR:
-            plan.append(f"fail@journal.committing:{2 + 5 * life % 17}=ENOSPC")
+            self._done[key].add(last_step(self._folder / f"{key}.{life - 1}.trace"))
+        return ",".join(f"kill@{step}" for step in self._steps if step not in self._done[key])
+
+
+@dataclass(frozen=True)
+class Around:
+    """Plans that kill at the same few steps again and again, a little later each time, to find one kind of bug."""
+
+    steps: Sequence[str]
+    keys: Collection[str]
+    refuses_commits: bool = False  # the coordinator's disk is full at one commit of each life
+    kills: int = 24  # of each process
+
+    def __call__(self, key: str, life: int) -> str:
+        """See PlanOf."""
+        plan = []
+        if key in self.keys and life < self.kills:
+            plan.append(f"kill@{self.steps[life % len(self.steps)]}:{1 + life * 2 % 7}")
+        if self.refuses_commits and key == COORDINATOR:
+            plan.append(f"fail@journal.committing:{2 + 3 * life % 11}=ENOSPC")
         return ",".join(plan)
 
 
@@ -375,7 +383,7 @@ def write_settings(folder: Path, setting: Setting) -> None:
         "export_dir": str(folder / "export"),
         "server": {"listen": address},
         "model": {"base_model": "tiny", "task": "sequence-classification", "labels": ["no", "yes", "perhaps"]},
-        "adapter": {"target_modules": ["query", "dense"], "modules_to_save": ["bias"], "global_rank": 16},
+        "adapter": {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "global_rank": 16},
         "rounds": {
             "num_rounds": setting.rounds,
             "min_clients": len(setting.ranks),

@@ -55,7 +55,7 @@ def traced(folder: Path, bug: str = "") -> list[Call]:
         Order(COORDINATOR, "coordinator", str(folder), f"trace={folder / 'steps'}", bug),
         Order(CLIENT, "worker", str(folder), ""),
     ]
-    command = ["strace", "-f", "-y", "-s", "64", "-e", f"trace={_TRACED}", "-o", str(out)]
+    command = ["strace", "-f", "--seccomp-bpf", "-y", "-s", "64", "-e", f"trace={_TRACED}", "-o", str(out)]
     coordinator = _start(command, orders[0], folder)
     worker = _start([], orders[1], folder)
     try:

@@ -1,12 +1,12 @@
 """Bugs that the harness must find, planted in its processes by name; the product's own code never knows of them.
 
-Each is a mistake that somebody could make in one evening, as small as it can be. `BREACH` says as what it is found.
+Each is a mistake that somebody could make in one evening, as small as it can be.
 """
 
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -15,7 +15,7 @@ import common.transfer
 import coordinator.engine
 import coordinator.federation.step as steps
 import coordinator.stores.blobs
-import coordinator.stores.journal
+import coordinator.stores.database
 import coordinator.stores.uploads
 import worker.assignment
 import worker.run
@@ -37,7 +37,7 @@ from worker.messages import Blob
 
 def plant(name: str) -> None:
     """Puts one bug into this process."""
-    _BUGS[name]()
+    (BUGS.get(name) or UNSYNCED[name]).plant()
 
 
 def _put(owner: Any, name: str, wrong: Any) -> Any:
@@ -50,7 +50,7 @@ def _put(owner: Any, name: str, wrong: Any) -> Any:
 def _acknowledges_before_the_row() -> None:
     async def commit(self: Intake, request: SubmitUpdate) -> Outcome:
         await self._foundation.on_disk(self._uploads.commit, request.client_id, request.update.digest)
-        self._unfinished.add(asyncio.create_task(self._engine.submit(request)))
+        self._unfinished.add(asyncio.create_task(_submit_soon(self._engine, request)))
         return Outcome.ACCEPTED
 
     _put(Intake, "_commit", commit)
@@ -91,7 +91,8 @@ def _does_not_know_a_resubmission() -> None:
 def _merges_in_the_order_of_arrival() -> None:
     def with_assignment(self: OpenRound, assignment: Assignment) -> OpenRound:
         if assignment.update is None:
-            return right(self, assignment)
+            unchanged: OpenRound = right(self, assignment)
+            return unchanged
         others = tuple(a for a in self.assignments if a.client_id != assignment.client_id)
         return replace(self, assignments=(*others, assignment))
 
@@ -130,7 +131,8 @@ def _does_not_check_the_lease() -> None:
 def _sweeps_what_an_open_round_needs() -> None:
     def needed(self: Foundation) -> set[str]:
         opened = self.engine.state.open
-        return right(self) - {c.update.digest for c in (opened.contributions if opened else ())}
+        needed_by_right: set[str] = right(self)
+        return needed_by_right - {c.update.digest for c in (opened.contributions if opened else ())}
 
     right = _put(Foundation, "_needed", needed)
 
@@ -196,10 +198,16 @@ def _does_not_take_up_an_aggregation_again() -> None:
 def _acknowledges_evaluations_before_the_row() -> None:
     async def submit(self: Intake, request: Any, enrol_key: str) -> Outcome:
         await self._known_member(request.client_id, enrol_key)
-        self._unfinished.add(asyncio.create_task(self._engine.submit(request)))
+        self._unfinished.add(asyncio.create_task(_submit_soon(self._engine, request)))
         return Outcome.ACCEPTED
 
     _put(Intake, "submit_evaluation", submit)
+
+
+async def _submit_soon(engine: Engine, request: Any) -> None:
+    """As somebody would who gathers rows to save commits."""
+    await asyncio.sleep(0.05)
+    await engine.submit(request)
 
 
 def _does_not_sync_files() -> None:
@@ -212,38 +220,94 @@ def _does_not_sync_folders() -> None:
 
 
 def _lets_sqlite_not_sync() -> None:
-    pragmas = coordinator.stores.journal._PRAGMAS
-    _put(coordinator.stores.journal, "_PRAGMAS", tuple(p.replace("FULL", "OFF") for p in pragmas))
+    pragmas = coordinator.stores.database._PRAGMAS
+    _put(coordinator.stores.database, "_PRAGMAS", tuple(p.replace("FULL", "OFF") for p in pragmas))
 
 
-_BUGS: Mapping[str, Callable[[], None]] = MappingProxyType(
+@dataclass(frozen=True)
+class Bug:
+    """One bug: how it is planted, where processes are killed to find it, and as what it is found."""
+
+    plant: Callable[[], None]
+    breach: str  # a regular expression
+    steps: tuple[str, ...]  # one life after the other ends at the first, the second, ... of these, and again
+    of: str = "coordinator"  # whose lives; "site-1": that worker's too, at the same steps
+    refuses_commits: bool = False  # the coordinator's disk is full at some
+
+
+BUGS: Mapping[str, Bug] = MappingProxyType(
     {
-        function.__name__.strip("_"): function
-        for function in (
+        "acknowledges before the row": Bug(
             _acknowledges_before_the_row,
+            "acknowledged, but not in the journal|asked for again",
+            ("journal.committing",),
+        ),
+        "acknowledges evaluations before the row": Bug(
             _acknowledges_evaluations_before_the_row,
+            "acknowledged, but not in the journal: .* evaluate|asked for again: evaluate",
+            ("journal.committing",),
+        ),
+        "acknowledges though the commit failed": Bug(
             _acknowledges_though_the_commit_failed,
-            _commits_in_two_transactions,
-            _deletes_the_old_adapter_first,
-            _does_not_check_the_lease,
-            _does_not_know_a_resubmission,
-            _does_not_sync_files,
-            _does_not_sync_folders,
-            _does_not_take_up_an_aggregation_again,
+            "acknowledged, but not in the journal|ended by itself",
+            ("update.answering", "round.published"),
+            refuses_commits=True,
+        ),
+        "commits in two transactions": Bug(
+            _commits_in_two_transactions, "ends in the middle of a step", ("journal.committed",)
+        ),
+        "deletes the old adapter first": Bug(
+            _deletes_the_old_adapter_first, "the journal needs blob", ("blob.unlinked",)
+        ),
+        "does not check the lease": Bug(
+            _does_not_check_the_lease, "a lease that was lost was accepted", ("task.trained", "upload.sent"), "site-1"
+        ),
+        "does not know a resubmission": Bug(
+            _does_not_know_a_resubmission, "2 times in the journal", ("update.answering",)
+        ),
+        "does not take up an aggregation again": Bug(
+            _does_not_take_up_an_aggregation_again, "nothing happened for .* aggregating", ("round.merging",)
+        ),
+        "forgets uploads at a restart": Bug(
             _forgets_uploads_at_a_restart,
-            _leaves_half_written_files,
-            _lets_sqlite_not_sync,
-            _makes_a_new_key_at_every_start,
-            _merges_in_the_order_of_arrival,
-            _records_before_the_blob_is_there,
+            "were durable, now|no upload with the digest",
+            ("update.checked", "upload.answering"),
+        ),
+        "leaves half-written files": Bug(_leaves_half_written_files, "stray file state/blobs", ("file.written",)),
+        "makes a new key at every start": Bug(
+            _makes_a_new_key_at_every_start, "ended by itself .* another enrolment key", ("task.training",), "site-1"
+        ),
+        "merges in the order of arrival": Bug(
+            _merges_in_the_order_of_arrival, "the same inputs in another order|another adapter", ("task.answering",)
+        ),
+        "records before the blob is there": Bug(
+            _records_before_the_blob_is_there, "the journal needs blob", ("events.adopted",)
+        ),
+        "resumes uploads at their beginning": Bug(
             _resumes_uploads_at_their_beginning,
+            "arrived damaged|given back: wrong_size",
+            ("part.written", "bytes.synced"),
+        ),
+        "saves snapshots under a wrong sequence": Bug(
             _saves_snapshots_under_a_wrong_sequence,
-            _sweeps_what_an_open_round_needs,
-            _tells_nobody_what_leaves,
-            _writes_blobs_in_place,
-        )
+            "the snapshot and what follows|ended by itself .*JournalConflict",
+            ("snapshot.committed",),
+        ),
+        "sweeps what an open round needs": Bug(
+            _sweeps_what_an_open_round_needs, "the journal needs blob|were durable, now 0", ("update.answering",)
+        ),
+        "tells nobody what leaves": Bug(
+            _tells_nobody_what_leaves, "its egress report says nothing", ("round.merging",)
+        ),
+        "writes blobs in place": Bug(_writes_blobs_in_place, "has its name, but not its bytes", ("file.writing",)),
     }
 )
+
 # Only a power cut would show these; the order of the system calls does.
-UNSYNCED = ("does_not_sync_files", "does_not_sync_folders", "lets_sqlite_not_sync")
-BUGS = tuple(name for name in _BUGS if name not in UNSYNCED)
+UNSYNCED: Mapping[str, Bug] = MappingProxyType(
+    {
+        "does not sync files": Bug(_does_not_sync_files, "before the file is synced", ()),
+        "does not sync folders": Bug(_does_not_sync_folders, "before the folder is synced", ()),
+        "lets SQLite not sync": Bug(_lets_sqlite_not_sync, "before the event is synced", ()),
+    }
+)

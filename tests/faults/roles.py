@@ -40,7 +40,8 @@ from worker.supervisor import OnProgress, TrainerProcess
 from worker.trainer_protocol import Evaluate, Evaluated, Load, Loaded, Train, Trained
 
 SPEC = AdapterSpec(
-    (ModuleShape("encoder.0.query", 24, 16), ModuleShape("encoder.1.dense", 16, 20)), (TensorShape("bias", (3,)),)
+    (ModuleShape("encoder.0.query", 24, 16), ModuleShape("encoder.1.dense", 16, 20)),
+    (TensorShape("classifier.bias", (3,)),),
 )
 BASE_MODEL = "ba5e" * 16
 CHUNK_BYTES = 1 << 10
@@ -67,7 +68,8 @@ def be_coordinator(order: Order, tell: Tell) -> None:
     """Runs the command; tells "ready" when it answers calls."""
     _prepare(order)
     listening: Any = partial(run_coordinator, on_listening=lambda _: tell("ready"))
-    cli.coordinator.run_coordinator = listening
+    command: Any = cli.coordinator
+    command.run_coordinator = listening
     asyncio.run(cli.coordinator.coordinator(config=Path(order.folder) / "federation.toml"))
 
 
@@ -90,7 +92,8 @@ ROLES: Mapping[str, Callable[[Order, Tell], None]] = MappingProxyType(
 
 def _prepare(order: Order) -> None:
     os.environ[FAILPOINTS_VARIABLE] = order.plan
-    common.transfer.CHUNK_BYTES = worker.client.CHUNK_BYTES = CHUNK_BYTES
+    client: Any = worker.client
+    common.transfer.CHUNK_BYTES = client.CHUNK_BYTES = CHUNK_BYTES
     common.transfer.SYNC_BYTES = SYNC_BYTES
     coordinator.engine.SNAPSHOT_EVERY = SNAPSHOT_EVERY
     patient = common.channel.client_options

@@ -1,13 +1,13 @@
 """Real workers of a real coordinator: the agent in this process or in one of its own, the trainer without torch.
 
-As a program it is a worker: `python tests/faults/workers.py ADDRESS FOLDER NAME`.
+As a program it is a worker: `python -m faults.workers ADDRESS FOLDER NAME`, in the folder of the tests.
 """
 
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from coordinators import config_of
 from coordinator.config import CoordinatorConfig
 from worker.config import CoordinatorAddress, DataConfig, ModelConfig, WorkerConfig
 from worker.contact import Clock
-from worker.run import run_worker, work
+from worker.identity import holding
+from worker.run import work
 
 TRAINER = (sys.executable, tiny_trainer.__file__)
+TESTS = Path(__file__).resolve().parents[1]
 RANK = 4
 
 
@@ -55,10 +57,15 @@ async def working(address: str, folder: Path, name: str, clock: Clock = Clock())
         await asyncio.gather(task, return_exceptions=True)
 
 
-def start_worker(address: str, folder: Path, name: str) -> "subprocess.Popen[str]":
-    """An agent in a process of its own; its lines come out of stdout."""
-    command = [sys.executable, __file__, address, str(folder), name]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@contextmanager
+def worker_process(address: str, folder: Path, name: str) -> "Iterator[subprocess.Popen[str]]":
+    """An agent in a process of its own, killed at the end if it still runs; its lines come out of stdout."""
+    command = [sys.executable, "-m", "faults.workers", address, str(folder), name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TESTS) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def mishap(folder: Path, *what: str) -> None:
@@ -67,8 +74,12 @@ def mishap(folder: Path, *what: str) -> None:
     (folder / "mishaps").write_text("".join(f"{one}\n" for one in what))
 
 
-if __name__ == "__main__":
-    import worker.run
+async def main(address: str, folder: str, name: str) -> None:
+    """What `raflora worker` does, with the trainer without torch."""
+    config = worker_config(address, Path(folder), name)
+    with holding(config.state_dir):
+        await work(config, TRAINER)
 
-    worker.run.work.__defaults__ = (TRAINER, *(worker.run.work.__defaults__ or ())[1:])
-    asyncio.run(run_worker(worker_config(sys.argv[1], Path(sys.argv[2]), sys.argv[3])))
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

@@ -44,8 +44,8 @@ from worker.messages import Outcome
 RANKS = {"ada": 2, "bob": 4, "cem": 8}
 
 
-def source_of(config: CoordinatorConfig, **changes: object) -> Source:
-    return Source(config.name, config.state_dir, config.state_dir / JOURNAL_FILE, **changes)
+def source_of(config: CoordinatorConfig) -> Source:
+    return Source(config.name, config.state_dir, config.state_dir / JOURNAL_FILE)
 
 
 def at(config: CoordinatorConfig, state_dir: Path) -> CoordinatorConfig:
@@ -179,7 +179,7 @@ async def test_nothing_is_ever_restored_or_backed_up_over_something(made: Path, 
     with pytest.raises(ConfigError, match="exists already"):
         back_up(Source("digits", state, state / JOURNAL_FILE), made)
     assert sorted(state.rglob("*")) == before
-    assert not [path for path in tmp_path.iterdir() if ".restoring-" in path.name]
+    assert not [path for path in tmp_path.iterdir() if ".restoring-" in path.name]  # noqa: ASYNC240
 
 
 async def test_a_backup_that_was_not_finished_is_no_backup(made: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verbs that let people and workers in: init, site, access. They print what a script can use, and overwrite nothing."""
+"""The verbs that let people and workers in. They print what a script can use, and overwrite nothing."""
 
 import json
 import tomllib

@@ -26,13 +26,17 @@ from identities import (
     request_of,
     serving,
 )
-from raflora.v1 import federation_pb2, federation_pb2_grpc, identity_pb2, identity_pb2_grpc, status_pb2
+from raflora.v1 import federation_pb2, federation_pb2_grpc, identity_pb2, identity_pb2_grpc, status_pb2, status_pb2_grpc
 
 from common.certificates import new_key, read_certificate
-from common.channel import Pem
+from common.channel import Pem, rotating_server_credentials
 from common.codec import digest_of
 from common.identity import Role, Subject
+from coordinator.config import ServerConfig
 from coordinator.identity.authority import DAY_SECONDS
+from coordinator.identity.security import security_of
+from coordinator.servicers.access import AccessInterceptor
+from coordinator.servicers.interceptor import ErrorInterceptor
 from worker.client import CoordinatorClient, Credentials
 from worker.config import CoordinatorAddress
 
@@ -320,3 +324,41 @@ async def test_a_revocation_ends_an_upload_under_way(tmp_path: Path) -> None:
             await uploading.write(federation_pb2.UploadAdapterRequest(data=content[100:200]))
             identities.registry.revoke_site("clinic-a")
             assert await refused(uploading) == "revoked"
+
+
+class Endless(status_pb2_grpc.StatusServiceServicer):
+    """Sends for ever, to a reader that has stopped reading."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    async def FetchAdapter(
+        self, _request: status_pb2.FetchAdapterRequest, _context: Any
+    ) -> AsyncIterator[status_pb2.FetchAdapterResponse]:
+        try:
+            while True:
+                yield status_pb2.FetchAdapterResponse(data=bytes(1 << 20))
+        finally:
+            self.ended.set()
+
+
+async def test_a_revocation_ends_a_download_that_nobody_reads(tmp_path: Path) -> None:
+    identities, endless = Identities(tmp_path / "authority"), Endless()  # type: ignore[abstract]
+    security = security_of(ServerConfig.model_validate({"identity": identities.settings()}))
+    assert security.gate is not None
+    assert security.papers is not None
+    access = AccessInterceptor(security.gate)
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(lambda _: None), access])
+    status_pb2_grpc.add_StatusServiceServicer_to_server(endless, server)
+    credentials = rotating_server_credentials(security.papers, asks_for_certificates=True)
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    await server.start()
+    async with channel_as(f"127.0.0.1:{port}", identities.person("eve", Role.OBSERVER)) as channel:
+        stub = status_pb2_grpc.StatusServiceStub(channel)
+        fetching = stub.FetchAdapter(status_pb2.FetchAdapterRequest(), timeout=10 * CALL_SECONDS)
+        await fetching.read()  # one message; then the windows fill up and the server waits for room
+        identities.registry.revoke_person("eve")
+        access.end_calls_of_the_refused()
+        await asyncio.wait_for(endless.ended.wait(), CALL_SECONDS)
+        fetching.cancel()
+    await server.stop(None)

@@ -8,7 +8,6 @@ import pytest
 from coordinators import NumpyClient, clients_of, config_of, observing, serving
 from faults.workers import mishap, tiny_federation, working
 from structlog.testing import capture_logs
-from worker_site import InstantClock
 
 from common.errors import IdentityConflict
 from coordinator.sessions import ALARM_SECONDS, REMEMBERED_SESSIONS, Sessions
@@ -65,7 +64,7 @@ def test_who_gives_no_session_is_left_alone() -> None:
 
 async def test_one_name_with_another_key_is_refused(tmp_path: Path) -> None:
     async with serving(config_of(tmp_path)) as address, clients_of(address, RANKS) as (ada, _):
-        stranger = NumpyClient(address, "ada", 2, enrol_key="another key")
+        stranger = NumpyClient(address, "ada", 2, enrol_key="another-key")
         with pytest.raises(IdentityConflict, match="another worker joined under this name"):
             await stranger.join()
         with pytest.raises(IdentityConflict):
@@ -93,16 +92,16 @@ async def test_a_poll_that_is_still_waiting_takes_no_task_from_the_successor_of_
 
 
 async def test_a_copied_state_folder_ends_the_older_worker_and_the_newer_one_finishes(tmp_path: Path) -> None:
-    config = tiny_federation(tmp_path)
+    config = tiny_federation(tmp_path, rounds__lease_ttl_seconds=1)
     older, newer = tmp_path / "older", tmp_path / "newer"
     mishap(older, "wait_for_stop")
     with capture_logs() as logs:
         async with serving(config) as address, observing(address) as observer:
-            async with working(address, older, "ada", InstantClock().clock) as first:
+            async with working(address, older, "ada") as first:
                 while "training" not in [a.activity for a in (await observer.see()).assignments]:
                     pass
                 shutil.copytree(older / "state", newer / "state")
-                async with working(address, newer, "ada", InstantClock().clock) as second:
+                async with working(address, newer, "ada") as second:
                     with pytest.raises(IdentityConflict, match="a newer worker speaks with the same name"):
                         await first
                     await second
@@ -113,14 +112,14 @@ async def test_a_copied_state_folder_ends_the_older_worker_and_the_newer_one_fin
 
 
 async def test_a_worker_that_is_restarted_in_the_middle_of_its_task_raises_no_alarm(tmp_path: Path) -> None:
-    config = tiny_federation(tmp_path)
+    config = tiny_federation(tmp_path, rounds__lease_ttl_seconds=1)
     folder = tmp_path / "ada"
     mishap(folder, "wait_for_stop")
     async with serving(config) as address, observing(address) as observer:
-        async with working(address, folder, "ada", InstantClock().clock):
+        async with working(address, folder, "ada"):
             while "training" not in [a.activity for a in (await observer.see()).assignments]:
                 pass
-        async with working(address, folder, "ada", InstantClock().clock) as again:
+        async with working(address, folder, "ada") as again:
             await again
         status = await observer.finished()
     assert not any(ALARM in warning for warning in status.warnings)

@@ -84,9 +84,7 @@ async def test_a_reset_comes_after_exactly_that_byte(line: FaultProxy, echo: Ech
     line.cut_after(Way.UP, size)
     caller = await Caller.to(line)
     with pytest.raises(ConnectionError):
-        await caller.says(CONTENT)
-        while await caller.reader.read(1 << 16):
-            pass
+        await asyncio.gather(caller.says(CONTENT), caller.hears())
     await echo.ended.wait()
     assert len(echo.received) <= size, "a reset may also take along what was on its way"
     assert line.sent[Way.UP] == size

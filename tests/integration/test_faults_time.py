@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import grpc.aio
 import pytest
 from coordinators import NumpyClient, Observer, clients_of, config_of, entries_of, observing, serving
 from engines import Monotonic
@@ -73,13 +75,12 @@ async def trained(client: NumpyClient) -> tuple[Task, bytes]:
 async def test_a_result_that_comes_after_a_partition_is_taken_while_its_round_is_open_and_nobody_replaced_it(
     tmp_path: Path, machine: Monotonic, seconds: float, is_lost: bool
 ) -> None:
-    async with federation(tmp_path) as (observer, (ada, bob, _)):
+    async with federation(tmp_path) as (observer, (ada, _, _)):
         task, content = await trained(ada)
         await pass_time(machine, seconds, observer)
         assert await membership(observer, "ada") == ("lost" if is_lost else "active")
         assert await ada.submit(task, content) is Outcome.ACCEPTED
         assert await membership(observer, "ada") == "active"
-        assert not await bob.rpc.heartbeat(0, Progress("waiting"))  # an idle client is heard, and holds nothing
 
 
 async def test_a_result_of_a_lease_that_somebody_took_over_during_the_partition_is_superseded(
@@ -108,6 +109,8 @@ async def test_a_straggler_after_the_deadline_is_told_what_became_of_its_round(
                 break
         assert [c.client_id for c in answer.status.last_round.contributions] == ["ada", "bob"]
         assert await cem.submit(late_task, late) is Outcome.STALE
+        for client in (ada, bob):
+            await client.rpc.heartbeat(0, Progress("waiting"))
         assert (await cem.fetch_task()).round == 2, "and it goes on with the next round"
 
 
@@ -164,6 +167,8 @@ async def test_a_wall_clock_that_jumps_changes_nothing(
     async with serving(config) as address, observing(address) as observer, clients_of(address, RANKS) as clients:
         tasks = [await client.fetch_task() for client in clients]
         before = await observer.see()
+        # gRPC's Python makes a date of every time-out and its core takes it back: a real jump hits both.
+        monkeypatch.setattr(grpc.aio._utils, "time", SimpleNamespace(time=real))
         monkeypatch.setattr(time, "time", lambda: real() + jump)
         for client, task in zip(clients, tasks, strict=True):
             assert await client.rpc.heartbeat(task.lease_token, Progress("training"))

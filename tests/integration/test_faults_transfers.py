@@ -21,7 +21,6 @@ import coordinator.servicers.federation as servicer
 import worker.client
 from common.channel import Keepalive, client_channel
 from common.codec import digest_of
-from common.errors import Unavailable
 from common.transfer import CHUNK_BYTES, SYNC_BYTES
 from worker.messages import Outcome, Task
 
@@ -244,4 +243,3 @@ async def test_answers_that_never_come_are_a_lost_coordinator_and_not_an_endless
         await line.until(lambda: line.open_connections == 0)
         line.heal()
         assert await submitting in (Outcome.ACCEPTED, Outcome.DUPLICATE)
-

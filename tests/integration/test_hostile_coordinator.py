@@ -5,23 +5,22 @@ worker ended or gave the task back with a typed reason. Time is a clock that jum
 """
 
 import asyncio
-import hashlib
 import json
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_trainer
 from hostile_coordinator import CANARY, TERMINAL, Says, WatchedSite, place, refuse, watched_site, welcome
 from raflora.v1 import federation_pb2 as pb
 from structlog.testing import capture_logs
-from worker_site import RANK, SLICE, SLICE_DIGEST, TRAINED, TRAINED_DIGEST, evaluate, train
+from worker_site import RANK
 
 from common.codec import Layout
-from common.errors import Evicted, InvalidRequest, ProtocolTooOld, WrongOffset
+from common.errors import Evicted, InvalidRequest, ProtocolTooOld
 from worker.config import SitePolicy
-from worker.downloads import KEPT_SLICES
 from worker.messages import MAX_TEXT_CHARACTERS
 from worker.policy import PolicyRefused
 
@@ -211,13 +210,13 @@ async def test_the_words_of_an_error_are_cleaned_too(site: WatchedSite) -> None:
 
 
 async def test_a_coordinator_that_never_answers_is_asked_with_patience(site: WatchedSite) -> None:
-    silent = asyncio.Event()
+    silent, honest = asyncio.Event(), welcome()
 
-    async def twice_nothing(*_: object) -> pb.HandshakeResponse:
+    async def twice_nothing(*_: object) -> Any:
         if site.hostile.calls["Handshake"] < 3:
             await silent.wait()
         del site.hostile.says["Handshake"]
-        return await site.hostile.Handshake(None, None)
+        return honest(None, None)
 
     site.hostile.says["Handshake"] = twice_nothing
     config = site.config()

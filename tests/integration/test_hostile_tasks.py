@@ -116,7 +116,7 @@ async def test_extremes_that_mean_nothing_to_a_worker_change_nothing(site: Watch
 
 
 async def test_a_kind_of_task_that_nobody_knows_ends_the_worker(site: WatchedSite) -> None:
-    site.script.tasks = [pb.Task(kind=7, round=1)]
+    site.script.tasks = [pb.Task.FromString(b"\x08\x07")]
     with pytest.raises(InvalidRequest, match="kind 7 is unknown"):
         await site.work()
 
@@ -234,7 +234,7 @@ async def test_an_offset_that_goes_back_and_forth_is_not_followed_for_ever(site:
 
 async def test_an_outcome_that_nobody_knows_is_given_back_with_a_reason(site: WatchedSite) -> None:
     site.script.tasks = [train(1)]
-    site.hostile.says["SubmitUpdate"] = lambda *_: pb.SubmitUpdateResponse(outcome=77)
+    site.hostile.says["SubmitUpdate"] = lambda *_: pb.SubmitUpdateResponse.FromString(b"\x08\x4d")
 
     await site.work()
 
@@ -254,8 +254,13 @@ def until(site: WatchedSite, seconds: float, says: Says) -> Says:
 
 
 def until_refused(site: WatchedSite, task: pb.Task) -> Says:
-    """Hands out the same task until the worker has refused it twice."""
-    return lambda *_: pb.PollTaskResponse(task=task, finished=len(site.hostile.failures) > 1)
+    """Hands out the same task until the worker has refused it twice, or has done it far too often."""
+
+    def answer(*_: object) -> pb.PollTaskResponse:
+        done = len(site.hostile.updates) + len(site.hostile.evaluations)
+        return pb.PollTaskResponse(task=task, finished=len(site.hostile.failures) > 1 or done > 9)
+
+    return answer
 
 
 async def test_an_idle_worker_asks_at_most_once_a_second_however_fast_it_is_answered(site: WatchedSite) -> None:

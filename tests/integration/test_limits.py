@@ -54,7 +54,7 @@ def times(content: bytes, factor: float, rank: int) -> bytes:
 async def test_who_claims_too_many_examples_does_not_even_get_a_place(tmp_path: Path) -> None:
     config = config_of(tmp_path, limits__max_examples=9)
     async with serving(config) as address:
-        with capture_logs() as lines, pytest.raises(TooManyExamples, match="num_examples 10, .* at most 9"):
+        with capture_logs() as lines, pytest.raises(TooManyExamples, match=r"num_examples 10, .* at most 9"):
             async with clients_of(address, {"bob": 4}):
                 pass
     assert [line["found"] for line in lines if line["event"] == "refused by a limit"] == [10]
@@ -85,7 +85,7 @@ async def test_an_update_that_is_too_large_is_forgotten_and_a_smaller_one_taken(
         good = await bob.train(task)
         large = times(good, 1000.0, task.lora_rank)
         await bob.upload(task, large)
-        with capture_logs() as lines, pytest.raises(NormTooLarge, match="rank partition 0 to 4 is .* at most 3 "):
+        with capture_logs() as lines, pytest.raises(NormTooLarge, match=r"rank partition 0 to 4 is .* at most 3 "):
             await bob.submit(task, large)
         assert [line["reason"] for line in lines if line["event"] == "refused by a limit"] == ["norm_too_large"]
         await bob.upload(task, good)
@@ -234,7 +234,7 @@ async def test_what_others_write_reaches_the_status_and_the_log_as_one_plain_lin
             assert len(text) < 1200
 
 
-@pytest.mark.parametrize("raw", [b"\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x02\xff\xfe", b"\x0b" * 200])
+@pytest.mark.parametrize("raw", [b"\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\x0b" * 200])
 @pytest.mark.parametrize("method", ["Join", "SubmitUpdate", "UploadAdapter", "DownloadAdapter"])
 async def test_bytes_that_are_no_message_are_the_caller_s_fault(tmp_path: Path, method: str, raw: bytes) -> None:
     async with bob_at(tmp_path) as (_, observer, bob):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from coordinators import NumpyClient, clients_of, config_of, entries_of, observing, serving
+from raflora.v1 import admin_pb2
 
 from common.codec import digest_of
 from common.errors import ConfigError, StorageFailed, Unavailable, UnknownBlob
@@ -189,6 +190,38 @@ async def test_an_adapter_that_nobody_exported_is_exported_at_the_next_start(con
     assert (await asyncio.wait_for(exported.get(), 30)).round == 1
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_what_a_client_that_never_comes_back_was_sending_goes_when_its_round_ends(tmp_path: Path) -> None:
+    config = config_of(tmp_path, rounds__num_rounds=1, rounds__min_clients=2, rounds__quorum=0.5)
+    async with serving(config) as address, observing(address) as observer, clients_of(address, RANKS) as (ada, bob):
+        task = await bob.fetch_task()
+        content = await bob.train(task)
+        await bob.upload(task, content, stop_at=len(content) // 2)
+        await ada.do(await ada.fetch_task())
+        uploads = config.state_dir / "uploads"
+        assert len(list(uploads.iterdir())) == 1  # bob's: its round is open
+        await observer.admin.CloseRound(admin_pb2.CloseRoundRequest(round=1))
+        await observer.finished()
+        async with asyncio.timeout(30):
+            while list(uploads.iterdir()):
+                await observer.see()
+
+
+async def test_what_a_crash_left_behind_goes_at_the_next_start(config: CoordinatorConfig) -> None:
+    kept = await finish(config)
+    blobs = FileBlobs(config.state_dir / "blobs")
+    orphan = blobs.put(b"merged, and never published")
+    torn = blobs.open(orphan).with_name(f"{orphan}.1-2.part")
+    torn.write_bytes(b"half")
+    stray = config.state_dir / "owner.json.1-2.part"
+    stray.write_bytes(b"half")
+    async with serving(config), asyncio.timeout(30):
+        while orphan in blobs.digests():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert blobs.digests() <= kept
+    assert not torn.exists()
+    assert not stray.exists()
 
 
 async def test_helper_processes_change_no_byte(tmp_path: Path) -> None:

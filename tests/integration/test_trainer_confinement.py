@@ -28,10 +28,11 @@ from worker.supervisor import TaskFailed
 pytestmark = [
     pytest.mark.torch,
     pytest.mark.timeout(300),
-    pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed"),
 ]
 
-SYSTEM_CALLS = "execve,execveat,connect,sendto,bind,openat,open,creat,openat2,rename,renameat,renameat2,unlink,unlinkat"
+SYSTEM_CALLS = (
+    "trace=execve,execveat,connect,sendto,bind,openat,open,creat,openat2,rename,renameat,renameat2,unlink,unlinkat"
+)
 
 
 @asynccontextmanager
@@ -77,24 +78,26 @@ def tasks_of(site: WatchedSite) -> Says:
     return answer
 
 
-async def work_traced(site: WatchedSite, trace: Path) -> None:
-    """Works with the real trainer under strace."""
+async def work_for_real(site: WatchedSite, *under: str) -> None:
+    """Works with the real trainer, under another program if one is given."""
     config = site.config()
     model = config.model.model_copy(update={"path": str(site.folder / "model"), "device": "cpu", "offline": True})
-    strace = ("strace", "-f", "-qq", "-s", "300", "-o", str(trace), "-e", f"trace={SYSTEM_CALLS}")
     site.state_dir.mkdir()
     await work(
         config.model_copy(update={"model": model, "threads": 1}),
-        (*strace, sys.executable, "-m", "worker.trainer"),
+        (*under, sys.executable, "-m", "worker.trainer"),
         site.time.clock,
     )
 
 
 def strangers(calls: Sequence[str], own: Sequence[Path]) -> list[str]:
-    """The calls that write, name or delete anything that is not below one of our own folders; what failed did not."""
+    """The calls that write, name or delete anything that is not below one of our own folders; what failed did not.
+
+    Of a call that another thread's line interrupts the outcome is not looked for: it counts as done.
+    """
     found = []
     for line in calls:
-        call = re.search(r"\b(openat2?|open|creat|rename\w*|unlink\w*)\((.*)\) = \d", line)
+        call = re.search(r"\b(openat2?|open|creat|rename\w*|unlink\w*)\((.*)(\) = \d|<unfinished)", line)
         if call is None or (call[1].startswith("open") and not re.search(r"O_WRONLY|O_RDWR|O_CREAT", call[2])):
             continue
         paths = re.findall(r'"([^"]*)"', call[2])
@@ -103,12 +106,15 @@ def strangers(calls: Sequence[str], own: Sequence[Path]) -> list[str]:
     return found
 
 
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 async def test_a_task_connects_to_nobody_executes_nothing_and_writes_in_its_own_folders_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with real_site(tmp_path, monkeypatch) as site:
         trace = tmp_path / "trace"
-        await work_traced(site, trace)
+        await work_for_real(
+            site, "strace", "-f", "--seccomp-bpf", "-qq", "-s", "300", "-o", str(trace), "-e", SYSTEM_CALLS
+        )
 
         assert [update.lease_token for update in site.hostile.updates] == [1]
         assert [evaluation.lease_token for evaluation in site.hostile.evaluations] == [2]
@@ -118,6 +124,24 @@ async def test_a_task_connects_to_nobody_executes_nothing_and_writes_in_its_own_
         assert [line for line in calls if re.search(r"\bexecve(at)?\(", line)][1:] == []
         assert [line for line in calls if re.search(r"\b(connect|sendto|bind)\(", line)] == []
         assert strangers(calls, (site.state_dir, tmp_path / "tmp")) == []
+        assert strangers(calls, (tmp_path / "tmp",)), "the update was written, and the trace has seen it"
+
+
+@pytest.mark.parametrize(
+    ("line", "is_strange"),
+    [
+        ('7 openat(AT_FDCWD, "/site/state/update.safetensors", O_WRONLY|O_CREAT|O_CLOEXEC, 0666) = 3', False),
+        ('7 openat(AT_FDCWD, "/etc/passwd", O_RDONLY|O_CLOEXEC) = 3', False),
+        ('7 openat(AT_FDCWD, "/dev/null", O_WRONLY) = 3', False),
+        ('7 openat(AT_FDCWD, "/elsewhere/cache/x", O_RDWR|O_CREAT, 0666) = -1 EACCES (Permission denied)', False),
+        ('7 openat(AT_FDCWD, "/elsewhere/cache/x", O_RDWR|O_CREAT, 0666) = 12', True),
+        ('7 openat(AT_FDCWD, "/elsewhere/cache/x", O_RDWR|O_CREAT, 0666 <unfinished ...>', True),
+        ('7 unlink("/site/data.jsonl") = 0', True),
+        ('7 rename("/site/state/a", "/site/a") = 0', True),
+    ],
+)
+def test_a_write_elsewhere_would_be_seen(line: str, is_strange: bool) -> None:
+    assert strangers([line], (Path("/site/state"),)) == ([line] if is_strange else [])
 
 
 async def test_a_label_that_the_data_does_not_have_tells_nobody_what_it_has(
@@ -126,7 +150,7 @@ async def test_a_label_that_the_data_does_not_have_tells_nobody_what_it_has(
     async with real_site(tmp_path, monkeypatch) as site:
         site.hostile.says["Handshake"] = asked(labels=["other", "words", "entirely"])
 
-        with pytest.raises(TaskFailed, match="sad|happy|neither"):
-            await work_traced(site, tmp_path / "trace")
+        with pytest.raises(TaskFailed, match=r"sad|happy|neither"):
+            await work_for_real(site)
 
         assert site.hostile.calls == {"Handshake": 1}

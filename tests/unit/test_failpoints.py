@@ -43,8 +43,10 @@ def test_a_plan_may_hold_several_things() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "kill", "kill@", "kill@0", "kill@renamed", "kill@file.renamed=EIO", "fail@file.renamed", "fail@1=NOPE"]
-    + ["fail@file.renamed:0=EIO", "trace=", "kill@1,", "die@1", "kill@1 ", "KILL@1"],
+    [
+        *("", "kill", "kill@", "kill@0", "kill@renamed", "kill@file.renamed=EIO", "fail@file.renamed", "fail@1=NOPE"),
+        *("fail@file.renamed:0=EIO", "trace=", "kill@1,", "die@1", "kill@1 ", "KILL@1"),
+    ],
 )
 def test_a_plan_that_says_nothing_clear_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="failpoints: "):
@@ -85,7 +87,7 @@ def test_the_table_in_the_docs_names_every_step_of_the_source_and_no_other() -> 
 
 def test_a_step_is_always_a_literal_so_that_it_can_be_found() -> None:
     calls = [call for text in _sources() for call in re.findall(r"\breach\((.*)\)", text)]
-    assert [call for call in calls if not re.fullmatch(r'"[a-z_]+\.[a-z_]+"', call) and call != "step: str"] == []
+    assert [call for call in calls if not re.fullmatch(r'"[a-z_]+\.[a-z_]+"', call)] == []
 
 
 def steps_in_the_source() -> set[str]:
@@ -93,7 +95,8 @@ def steps_in_the_source() -> set[str]:
 
 
 def _sources() -> list[str]:
-    return [path.read_text(encoding="utf-8") for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))]
+    texts = [path.read_text(encoding="utf-8") for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [text for text in texts if "from common.failpoints import reach" in text]  # cli has another function "reach"
 
 
 def _errno_at(step: str) -> int:

@@ -135,7 +135,7 @@ def test_the_head_is_the_newest_slot_that_is_whole(tmp_path: Path) -> None:
     assert file.read() == Head(5, "link-5")
     content[slots[b"5"] * 512] ^= 1
     (tmp_path / "head").write_bytes(content)
-    with pytest.raises(CorruptStore, match="neither slot is what was written; .* remove this file"):
+    with pytest.raises(CorruptStore, match=r"neither slot is what was written; .* remove this file"):
         file.read()
 
 

@@ -1,0 +1,84 @@
+"""kill -9 at the k-th durable step, in real processes: the promises of docs/reliability.md hold."""
+
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from faults.kills import Campaign, EachStep, Nursery, PlanOf, Setting, nursery, play, undisturbed
+from faults.schedule import COORDINATOR, Schedule
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow]
+SEED = 20261123
+SMALL = Setting(rounds=3, ranks=(2, 4, 8, 16), evaluate_every=2)
+
+# What a kill alone does not bring about, and where it is tested instead.
+ELSEWHERE = {
+    "failure.answering": "no kill makes a worker give its task back; tests/integration/test_services.py",
+    "leave.answering": "only SIGTERM makes a worker say goodbye; tests/integration/test_worker_agent.py",
+    "part.truncating": "a full disk or damaged bytes; tests/unit/test_transfer.py",
+    "part.truncated": "likewise",
+}
+ELSEWHERE_NOUNS = (
+    "backup.",
+    "schema.migrat",
+    "identity.",
+    "token.",
+    "site.added",
+    "authority.",
+    "registry.",
+    "access.",
+)
+
+
+@pytest_asyncio.fixture
+async def place() -> AsyncIterator[Nursery]:
+    async with nursery() as nursery_:
+        yield nursery_
+
+
+@pytest.mark.timeout(420)
+async def test_two_hundred_kills_change_nothing(tmp_path: Path, place: Nursery) -> None:
+    campaign = Campaign(place, tmp_path, SEED)
+    await campaign.run(200)
+    breaches = [breach for outcome in campaign.outcomes for breach in outcome.breaches]
+    assert breaches == [], f"again: make kills SEED={SEED} KILLS={campaign.kills + 1}"
+    assert campaign.kills >= 200
+    assert all(outcome.receipts >= 20 * 8 for outcome in campaign.outcomes)
+
+
+@pytest.mark.timeout(240)
+async def test_a_kill_at_every_step_changes_nothing(tmp_path: Path, place: Nursery) -> None:
+    (tmp_path / "undisturbed").mkdir()
+    expected = await undisturbed(place, tmp_path / "undisturbed", SMALL)
+    steps = set(documented_steps())
+    killed_at: set[str] = set()
+    # Twice: a kill before a rename hides the step after it, as the next life finds its work done.
+    for turn in (1, 2):
+        folder = tmp_path / f"turn-{turn}"
+        folder.mkdir()
+        each = EachStep(steps - killed_at, folder, {COORDINATOR, "site-1"})
+        outcome = await play(place, folder, SMALL, expected, _after_half_a_blob(each) if turn == 2 else each)
+        assert outcome.breaches == [], turn
+        killed_at |= {kill.step for kill in outcome.kills}
+    missed = {step for step in steps - killed_at if not step.startswith(ELSEWHERE_NOUNS)}
+    assert missed == ELSEWHERE.keys()
+
+
+def test_a_seed_is_a_schedule() -> None:
+    drawn = [Schedule(7, 0).plan_of(key, life) for key in (COORDINATOR, "site-1") for life in range(50)]
+    assert drawn == [Schedule(7, 0).plan_of(key, life) for key in (COORDINATOR, "site-1") for life in range(50)]
+    assert drawn != [Schedule(8, 0).plan_of(key, life) for key in (COORDINATOR, "site-1") for life in range(50)]
+    assert any("=ENOSPC" in plan for plan in drawn)
+
+
+def _after_half_a_blob(plan_of: PlanOf) -> PlanOf:
+    """The same, but the coordinator's first life ends while it writes a blob, so that the next has to tidy up."""
+    return lambda key, life: "kill@file.written:4" if (key, life) == (COORDINATOR, 0) else plan_of(key, life)
+
+
+def documented_steps() -> list[str]:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| `([a-z_]+\.[a-z_]+)` \|", page, flags=re.MULTILINE)
