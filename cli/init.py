@@ -1,8 +1,11 @@
 """`raflora init`: an authority, the operator's identity and a settings file with certificates for everybody."""
 
 import json
+import shutil
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +16,7 @@ from cli.authority import ACCESS_DAYS, open_desk
 from common.errors import ConfigError
 from common.identity import Role
 from common.identity_folder import ADDRESS_FILE
-from common.transfer import write_durably
+from common.transfer import rename_durably, write_durably
 from coordinator.identity import authority as certificates
 from coordinator.identity.authority import new_authority
 
@@ -65,42 +68,61 @@ def init(
     ] = (),
     federation: Annotated[str, Parameter(help="What the federation is called.")] = "federation",
     port: Annotated[UInt16, Parameter(help="Where the coordinator will listen.")] = 7070,
-    if_missing: Annotated[bool, Parameter(help="Do nothing if FOLDER was made before.")] = False,
+    if_missing: Annotated[bool, Parameter(help="Make only what is not there yet.")] = False,
 ) -> None:
     """Makes FOLDER with an authority of the federation's own, the operator's identity and federation.toml.
 
     Nothing that is there is overwritten. Keep FOLDER/authority to yourself: it can let anybody in.
     """
     folder = folder.resolve()
-    parts = [folder / part for part in ("authority", "operator", "federation.toml")]
+    parts = authority, operator, settings = tuple(folder / p for p in ("authority", "operator", "federation.toml"))
     found = [part for part in parts if part.exists()]
-    if if_missing and len(found) == len(parts):
-        return
-    if found:
+    if found and not if_missing:
         raise ConfigError(f"{found[0]} is there already, and nothing is overwritten; choose another folder")
-    authority_folder, operator, settings = parts
-    _make_authority(authority_folder, federation, f"{(name or (socket.gethostname(),))[0]}:{port}")
-    names = tuple(dict.fromkeys([*(name or (socket.gethostname(),)), *_LOCAL_NAMES]))
-    desk = open_desk(authority_folder)
-    desk.write_identity("operator", Role.OPERATOR, ACCESS_DAYS, operator)
-    text = _SETTINGS.format(
-        name=json.dumps(federation),
-        state_dir=json.dumps(str(folder / "state")),
-        export_dir=json.dumps(str(folder / "adapter")),
-        listen=json.dumps(f"0.0.0.0:{port}"),
-        folder=json.dumps(str(authority_folder)),
-        names=json.dumps(names),
-    )
-    write_durably(settings, text.encode())
+    if len(found) == len(parts):
+        return
+    hosts = name or (socket.gethostname(),)
+    # Each part appears whole or not at all, so that after a crash --if-missing can go on where it ended.
+    if authority not in found:
+        _make_authority(authority, federation, f"{hosts[0]}:{port}")
+    desk = open_desk(authority)
+    # A finished one that is not here was taken away to be kept elsewhere: a new one would end its life.
+    was_taken_away = desk.issuer.registry.person("operator") is not None and not _part_of(operator).exists()
+    if operator not in found and not was_taken_away:
+        with _appearing(operator) as part:
+            desk.write_identity("operator", Role.OPERATOR, ACCESS_DAYS, part, again=True)
+    if settings not in found:
+        text = _SETTINGS.format(
+            name=json.dumps(federation),
+            state_dir=json.dumps(str(folder / "state")),
+            export_dir=json.dumps(str(folder / "adapter")),
+            listen=json.dumps(f"0.0.0.0:{port}"),
+            folder=json.dumps(str(authority)),
+            names=json.dumps(tuple(dict.fromkeys([*hosts, *_LOCAL_NAMES]))),
+        )
+        write_durably(settings, text.encode())
     print(f"1. write your model into {settings}, then: raflora coordinator --config {settings}")
-    print(f"2. for every site:          raflora site add NAME --folder {authority_folder}")
+    print(f"2. for every site:          raflora site add NAME --folder {authority}")
     print(f"3. to look and to operate:  raflora status --identity {operator}")
 
 
 def _make_authority(folder: Path, federation: str, address: str) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700)
     authority = new_authority(federation, time.time)
-    write_durably(folder / certificates.KEY_FILE, authority.key, mode=_PRIVATE)
-    write_durably(folder / certificates.CERTIFICATE_FILE, authority.certificate, mode=_PRIVATE)
-    write_durably(folder / ADDRESS_FILE, f"{address}\n".encode(), mode=_PRIVATE)
+    with _appearing(folder) as part:
+        write_durably(part / certificates.KEY_FILE, authority.key, mode=_PRIVATE)
+        write_durably(part / certificates.CERTIFICATE_FILE, authority.certificate, mode=_PRIVATE)
+        write_durably(part / ADDRESS_FILE, f"{address}\n".encode(), mode=_PRIVATE)
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A private folder to be filled; it gets its name at the end, so a half of it never has it."""
+    part = _part_of(folder)
+    shutil.rmtree(part, ignore_errors=True)  # of an attempt that was cut off
+    part.mkdir(mode=0o700, parents=True)
+    yield part
+    rename_durably(part, folder)
+
+
+def _part_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.part")

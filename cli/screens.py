@@ -36,6 +36,9 @@ def status_screen(status: status_pb2.FederationStatus, notice: str = "") -> Grou
         parts += [Text(), Text(title, style="bold"), energy_bars(last.partitions), spectrum_line(last)]
         parts += [round_line(last, status.num_rounds)]
     parts += [Text(), traffic_line(status)]
+    if status.security:
+        is_open = status.security.startswith("INSECURE")
+        parts.append(Text(f"Connections: {plain(status.security)}", style="bold red" if is_open else "dim"))
     if status.forecast.sentence:
         parts.append(Text(f"Forecast: {plain(status.forecast.sentence)}", style="cyan"))
     return Group(*parts)

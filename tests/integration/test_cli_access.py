@@ -12,6 +12,7 @@ from common.identity import Role
 from common.join_token import parse_join_token
 from common.settings import load_settings
 from coordinator.config import CoordinatorConfig
+from coordinator.identity.registry import Registry
 from coordinator.identity.security import security_of
 
 
@@ -55,8 +56,32 @@ def test_init_overwrites_nothing(folder: Path, capsys: pytest.CaptureFixture[str
     assert "nothing is overwritten" in err
     assert run(capsys, "init", folder, "--if-missing") == (0, "", "")
     assert (folder / "authority/ca.key").read_bytes() == key
+
+
+def test_init_goes_on_where_a_crash_ended_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    authority = {path.name: path.read_bytes() for path in (folder / "authority").iterdir() if path.is_file()}
     (folder / "federation.toml").unlink()
-    assert run(capsys, "init", folder, "--if-missing")[0] == 2  # half of it is not all of it
+    (folder / "operator").rename(folder / "operator.part")  # its last step is the one that gives it its name
+    assert run(capsys, "init", folder)[0] == 2
+    assert run(capsys, "init", folder, "--if-missing")[0] == 0
+    assert not (folder / "operator.part").exists()
+    assert {path.name: path.read_bytes() for path in (folder / "authority").iterdir() if path.is_file()} == authority
+    digest = read_certificate((folder / "operator/certificate.pem").read_bytes()).key_digest
+    person = Registry(folder / "authority").person("operator")
+    assert person is not None
+    assert person.key_digest == digest
+    assert (folder / "federation.toml").exists()
+
+
+def test_init_makes_no_second_operator_for_one_that_was_taken_away(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "operator").rename(tmp_path / "safe")
+    before = Registry(folder / "authority").person("operator")
+    (folder / "federation.toml").unlink()
+    assert run(capsys, "init", folder, "--if-missing")[0] == 0
+    assert not (folder / "operator").exists()
+    assert Registry(folder / "authority").person("operator") == before
 
 
 def test_private_things_are_private(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
