@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from faults.kills import Campaign, EachStep, Nursery, PlanOf, Setting, nursery, play, undisturbed
+from faults.kills import Campaign, Nursery, PlanOf, Setting, nursery, play, undisturbed
+from faults.plans import EachStep
 from faults.schedule import COORDINATOR, Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +56,7 @@ async def test_a_kill_at_every_step_changes_nothing(tmp_path: Path, place: Nurse
     expected = await undisturbed(place, tmp_path / "undisturbed", SMALL)
     steps = set(documented_steps())
     killed_at: set[str] = set()
-    # Twice: a kill before a rename hides the step after it, as the next life finds its work done.
+    # More than once: a kill before a rename hides the step after it, as the next life finds its work done.
     for turn in (1, 2, 3):
         folder = tmp_path / f"turn-{turn}"
         folder.mkdir()

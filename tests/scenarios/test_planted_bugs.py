@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from faults.kills import Around, Nursery, Setting, nursery, play, undisturbed
+from faults.kills import Nursery, Setting, nursery, play, undisturbed
 from faults.oracle import History
 from faults.order import order_breaches, traced
+from faults.plans import Around
 from faults.planted import BUGS, UNSYNCED
 from faults.schedule import COORDINATOR
 
