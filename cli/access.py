@@ -52,7 +52,7 @@ def list_people(*, folder: AuthorityFolder = DEFAULT_FOLDER, format: Format = "t
     table = Table("name", "role", "state")
     for person in people:
         table.add_row(person.name, person.role, "revoked" if person.is_revoked else "in")
-    print_screen(table if people else "nobody yet: raflora access add NAME OUT_FOLDER --role observer")
+    print_screen(table if people else "nobody yet: raflora access add NAME OUT_FOLDER --role observer --folder FOLDER")
 
 
 @app.command

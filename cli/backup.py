@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cli.authority import hint
 from cli.output import Format
 from cli.words import human_bytes, plain
 from common.errors import ConfigError
@@ -63,6 +64,11 @@ def restore(
     with _bar("checking", format) as on_progress:
         restored = restore_backup(backup_folder, state_dir, authority, on_progress)
     _tell(restored, format, f"{plain(str(state_dir))}: restored, {_sentence(restored)}")
+    if authority is not None:
+        hint(
+            "the authority is as it was then: revoke again what was revoked after the backup (`raflora site revoke "
+            f"NAME --folder {plain(str(authority))}`), and add again what was added"
+        )
 
 
 def _source_of(path: Path, *, with_authority: bool) -> Source:

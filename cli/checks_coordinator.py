@@ -12,11 +12,13 @@ from cli.checks import Check, failed, ok, warning
 from cli.checks_machine import check_disk, check_private
 from cli.checks_network import check_certificate_files
 from common.channel import Tls, is_loopback
-from common.errors import ConfigError
+from common.errors import ConfigError, RafloraError
+from common.moments import moment
 from coordinator.config import CoordinatorConfig, ServerConfig
+from coordinator.founding import read_spec
 from coordinator.identity.security import security_of
 from coordinator.stores.lock import LOCK_FILE
-from worker.certificates import describe, moment
+from worker.certificates import describe
 from worker.probe import host_and_port
 
 _CONNECT_SECONDS = 3.0
@@ -33,6 +35,8 @@ def check_coordinator(config: CoordinatorConfig, now: float) -> Iterator[Check]:
         yield ok("lock", "no coordinator runs on this state_dir")
     if not config.store.journal:
         yield _journal(config.state_dir / "journal.sqlite")
+    if config.adapter.spec is not None:
+        yield _spec(config, config.adapter.spec)
     yield _port(config.server.listen, is_running=bool(holder))
     yield from _security(config.server, now)
 
@@ -67,6 +71,16 @@ def _journal(path: Path) -> Check:
     if found != "ok":
         return failed("journal", f"{path}: {found}", advice)
     return ok("journal", f"{path}: sound; a start also checks every entry's seal")
+
+
+def _spec(config: CoordinatorConfig, path: Path) -> Check:
+    try:
+        spec, digest = read_spec(config, path)
+    except RafloraError as error:
+        if (config.state_dir / "journal.sqlite").exists():
+            return warning("adapter.spec", str(error), "needed only if this federation is not founded yet")
+        return failed("adapter.spec", str(error), "`raflora spec MODEL --out FILE` makes it, where torch is")
+    return ok("adapter.spec", f"{path}: {len(spec.modules)} modules, base model {digest[:12]}")
 
 
 def _port(listen: str, *, is_running: bool) -> Check:

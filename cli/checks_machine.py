@@ -63,8 +63,7 @@ def _sqlite(found: tuple[int, ...]) -> Check:
     if _FIRST_BAD_SQLITE <= found < _FIRST_GOOD_SQLITE:
         return ok(
             "SQLite",
-            f"{number}; versions 3.7.0 to 3.51.2 can damage a database in WAL mode that several connections write to. "
-            "The coordinator writes through one; let no other program write to its journal",
+            f"{number}; good for one writer, which is what a coordinator is: let no other program write to its journal",
         )
     return ok("SQLite", number)
 
@@ -139,8 +138,9 @@ def check_model(config: ModelConfig) -> Check:
     """Whether the base model's files are there and can be read; a hub id is taken on trust."""
     folder = Path(config.path).expanduser()
     if not folder.is_dir():
-        if config.path.startswith((".", "/", "~")) or folder.is_file():
-            return failed("model", f"{folder}: there is no such folder", "set model.path to the base model's folder")
+        if _looks_local(config.path):
+            found = f"{folder.absolute()}: there is no such folder"
+            return failed("model", found, "set model.path to the base model's folder")
         where = "from the local cache" if config.offline else "from the hub, at the first start"
         return ok("model", f"{config.path} is no local folder, so a hub id: loaded {where}")
     try:
@@ -152,6 +152,13 @@ def check_model(config: ModelConfig) -> Check:
         found = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else f"{folder / _INDEX}: {error!r}"
         return failed("model", found, f"the folder needs config.json and {_WEIGHTS} (or its shards and their index)")
     return ok("model", f"{folder}: {human_bytes(size_bytes)}")
+
+
+def _looks_local(path: str) -> bool:
+    """Whether this can be no hub id, which is NAME or ORGANISATION/NAME."""
+    folder = Path(path).expanduser()
+    has_neighbours = len(folder.parts) > 1 and folder.parent.is_dir()
+    return path.startswith((".", "/", "~")) or len(folder.parts) > 2 or has_neighbours or folder.is_file()
 
 
 def _weights_in(folder: Path) -> Iterable[str]:
@@ -178,7 +185,7 @@ def _data_source(name: str, source: str) -> Check:
         with path.open("rb") as file:
             is_empty = not file.read(1)
     except OSError as error:
-        return failed(name, f"{path}: {error.strerror}", f"set {name} to a file that this user can read")
+        return failed(name, f"{path.absolute()}: {error.strerror}", f"set {name} to a file that this user can read")
     if is_empty:
         return failed(name, f"{path} is empty", f"set {name} to a file with records")
     return ok(name, f"{path}: {human_bytes(path.stat().st_size)}")

@@ -18,13 +18,14 @@ from common.channel import REASON_KEY, Pem, Tls, client_channel
 from common.errors import BadJoinToken, ConfigError, NotAllowed, NotAuthenticated, RafloraError, Unavailable
 from common.identity_folder import IdentityFolder
 from common.join_token import JoinToken
+from common.moments import DAY_SECONDS, moment
 from common.version import PROTOCOL, PROTOCOL_OLDEST, software_version
-from worker.certificates import authority_of, certificate_in, check_files, describe, moment, pem_of
-from worker.probe import Probed, Step, probe
+from worker.certificates import authority_of, certificate_in, check_files, describe, pem_of
+from worker.probe import THEY_SPEAK_TLS, Probed, Step, probe
 from worker.wire_errors import meaning_of
 
 MOST_CLOCK_SECONDS = 60.0
-FEW_DAYS_SECONDS = 7 * 86_400.0
+FEW_DAYS_SECONDS = 7 * DAY_SECONDS
 _ADVICE = {
     Step.ADDRESS: "write it as HOST:PORT",
     Step.NAME: "check the spelling, and this machine's DNS",
@@ -32,6 +33,7 @@ _ADVICE = {
     Step.TLS: "the sentence says which side must change; `raflora doctor` on the other machine may say more",
     Step.HTTP2: "check host and port; a proxy in between must pass HTTP/2 on",
 }
+_SHOW_SOMETHING = "`raflora site add` and `raflora access add`, at the operator's, make what has to be shown"
 _NAMES = {
     Step.ADDRESS: "address",
     Step.NAME: "DNS",
@@ -73,7 +75,8 @@ def steps(target: Target, probed: Probed) -> Iterator[Check]:
     }
     for step, found in told.items():
         if step is probed.failed:
-            yield failed(_NAMES[step], probed.cause, _ADVICE[step])
+            is_in_the_clear = step is Step.HTTP2 and probed.cause == THEY_SPEAK_TLS
+            yield failed(_NAMES[step], probed.cause, _SHOW_SOMETHING if is_in_the_clear else _ADVICE[step])
             return
         if step is not Step.TLS or target.tls is not None:
             yield ok(_NAMES[step], found)
@@ -139,8 +142,9 @@ def _meaning(error: grpc.aio.AioRpcError, target: Target) -> RafloraError:
 
 def _refused(error: RafloraError) -> Check:
     advice = {
-        "revoked": "ask the operator for a new join token (raflora site add SITE) or identity (raflora access add)",
-        "bad_join_token": "ask the operator for a new join token (raflora site add SITE --again)",
+        "revoked": "ask the operator for a new join token (raflora site add SITE --folder FOLDER) or identity "
+        "(raflora access add)",
+        "bad_join_token": "ask the operator for a new join token (raflora site add SITE --again --folder FOLDER)",
         "not_authenticated": "show a certificate of this federation: a join token, or --identity FOLDER",
         "unavailable": "check host and port, or try again",
         "protocol_unsupported": "install the version of raflora that the coordinator has",
@@ -169,7 +173,8 @@ def check_identity(folder: IdentityFolder, now: float) -> Iterator[Check]:
         return
     left_seconds = certificate.not_after - now
     until = f"{certificate.subject}, until {moment(certificate.not_after)}"
-    again = f"ask the operator for a new join token: raflora site add {certificate.subject.organisation} --again"
+    site = certificate.subject.organisation
+    again = f"ask the operator for a new join token: raflora site add {site} --again --folder FOLDER"
     if left_seconds <= 0:
         yield failed("identity", f"{until}: expired (this machine's clock: {moment(now)})", again)
     elif now < certificate.not_before:
@@ -201,9 +206,9 @@ def check_join_token(token: JoinToken, now: float) -> Check:
         return failed(
             "join token",
             f"{until}: expired (this machine's clock: {moment(now)})",
-            f"ask the operator for a new one: raflora site add {plain(token.site)} --again",
+            f"ask the operator for a new one: raflora site add {plain(token.site)} --again --folder FOLDER",
         )
-    return ok("join token", until)
+    return warning("join token", until, "whether it is used up shows only at the start")
 
 
 def check_certificate_files(tls: Tls, now: float) -> Iterator[Check]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from common.descriptors import raise_limit
 from common.failpoints import arm_as_planned
 from common.logs import set_up_logs
 from common.memory import keep_memory_flat
@@ -30,6 +31,7 @@ async def coordinator(
     arm_as_planned(failpoints_plan())
     settings = load_settings(CoordinatorConfig, config, overrides=set_)
     keep_memory_flat()
+    raise_limit()
     set_up_logs(settings.log_format, settings.log_level, role="coordinator", federation=settings.name)
     on_published = partial(_export, settings.export_dir) if settings.export_dir else None
     await run_coordinator(settings, on_published=on_published)

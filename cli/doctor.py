@@ -15,7 +15,7 @@ from rich.text import Text
 
 from cli.checks import Check, Verdict, as_json, failed, ok, warning, worst
 from cli.checks_coordinator import check_coordinator
-from cli.checks_machine import check_data, check_device, check_disk, check_model, check_versions
+from cli.checks_machine import check_data, check_device, check_disk, check_model, check_private, check_versions
 from cli.checks_network import (
     Target,
     bad_token,
@@ -144,6 +144,8 @@ def _credentials(config: WorkerConfig, timeout_seconds: float) -> tuple[list[Che
     if token is not None:
         address = where.address if "address" in where.model_fields_set else token.address or where.address
         checks = [check_join_token(token, now), ok("identity", "none yet; the join token will bring one")]
+        if where.join_token_file is not None:
+            checks += check_private("join token", {"the token": where.join_token_file}, warning)
         return checks, Target(address, pem_of(token), timeout_seconds, is_join_token=True)
     try:
         tls = tls_of(where)

@@ -1,7 +1,6 @@
 """`raflora init`: an authority, the operator's identity and a settings file with certificates for everybody."""
 
 import json
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from cli.authority import ACCESS_DAYS, open_desk
 from common.errors import ConfigError
 from common.identity import Role
 from common.identity_folder import ADDRESS_FILE
-from common.transfer import rename_durably, write_durably
+from common.transfer import rename_durably, sweep_parts, write_durably
 from coordinator.identity import authority as certificates
 from coordinator.identity.authority import new_authority
 
@@ -39,6 +38,7 @@ names = {names}  # by which workers reach this machine
 base_model = "distilbert/distilbert-base-uncased"   # a name for people; every worker says where its copy is
 task = "sequence-classification"
 labels = ["no", "yes"]
+# base_model_digest = "..."       # `raflora spec` prints it; without it the first worker's weights decide
 
 [adapter]
 target_modules = ["q_lin", "v_lin"]                 # as in PEFT; `raflora spec` shows what they match
@@ -74,7 +74,7 @@ def init(
 
     Nothing that is there is overwritten. Keep FOLDER/authority to yourself: it can let anybody in.
     """
-    folder = folder.resolve()
+    given, folder = folder, folder.resolve()
     parts = authority, operator, settings = tuple(folder / p for p in ("authority", "operator", "federation.toml"))
     found = [part for part in parts if part.exists()]
     if found and not if_missing:
@@ -100,10 +100,12 @@ def init(
             folder=json.dumps(str(authority)),
             names=json.dumps(tuple(dict.fromkeys([*hosts, *_LOCAL_NAMES]))),
         )
+        sweep_parts(folder, of=settings.name)
         write_durably(settings, text.encode())
+    settings = given / settings.name
     print(f"1. write your model into {settings}, then: raflora coordinator --config {settings}")
-    print(f"2. for every site:          raflora site add NAME --folder {authority}")
-    print(f"3. to look and to operate:  raflora status --identity {operator}")
+    print(f"2. for every site:          raflora site add NAME --folder {given}")
+    print(f"3. to look and to operate:  raflora status --identity {given / operator.name}")
 
 
 def _make_authority(folder: Path, federation: str, address: str) -> None:
@@ -118,8 +120,9 @@ def _make_authority(folder: Path, federation: str, address: str) -> None:
 def _appearing(folder: Path) -> Iterator[Path]:
     """A private folder to be filled; it gets its name at the end, so a half of it never has it."""
     part = _part_of(folder)
-    shutil.rmtree(part, ignore_errors=True)  # of an attempt that was cut off
-    part.mkdir(mode=0o700, parents=True)
+    part.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for left in part.iterdir():  # of an attempt that was cut off; the folder itself says that there was one
+        left.unlink()
     yield part
     rename_durably(part, folder)
 

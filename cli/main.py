@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter
 from rich.console import Console
 from rich.text import Text
 
@@ -78,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             app.resolved_commands()  # the list of verbs shows a sentence of each, so all are loaded
         result = app(tokens, exit_on_error=False, print_error=False)
         sys.stdout.flush()
+    except MissingArgumentError as error:
+        verb, missing = " ".join(error.command_chain or ()), error.argument.name if error.argument else "an argument"
+        value = " with a value" if missing.startswith("-") else ""
+        return _complain(f"raflora {verb}: {missing}{value} is required; `raflora {verb} --help`", ExitCode.USAGE)
     except CycloptsError as error:
         return _complain(f"{error} `raflora --help` lists the verbs.", ExitCode.USAGE)
     except RafloraError as error:

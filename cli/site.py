@@ -11,10 +11,11 @@ from cyclopts import App, Parameter
 from cyclopts.types import PositiveFloat, PositiveInt
 from rich.table import Table
 
-from cli.authority import DEFAULT_FOLDER, AuthorityFolder, day_of, hint, open_desk
+from cli.authority import DEFAULT_FOLDER, AuthorityFolder, hint, open_desk
 from cli.output import Format, print_screen
 from common.errors import ConfigError
-from common.transfer import write_durably
+from common.moments import moment
+from common.transfer import sweep_parts, write_durably
 from coordinator.identity.registry import MAX_WORKERS, Site
 
 app = App(name="site", help="Lets organisations with workers in: add, list, revoke.")
@@ -50,6 +51,7 @@ def add(
         name, workers=workers, days=days, again=again or if_missing, address=coordinator or desk.address
     )
     if out is not None:
+        sweep_parts(out.parent, of=out.name)
         write_durably(out, f"{token.text}\n".encode(), mode=0o600)
         token_said = str(out)
     else:
@@ -59,7 +61,7 @@ def add(
         print(json.dumps({**_as_json(site), "coordinator": token.address, key: token_said}, indent=2))
         return
     print(token_said)
-    ends = day_of(site.token.expires_at)
+    ends = moment(site.token.expires_at)
     hint(f"good for {workers} worker(s) of {name} until {ends}: coordinator.join_token_file in the worker's settings")
 
 
@@ -74,15 +76,15 @@ def list_sites(*, folder: AuthorityFolder = DEFAULT_FOLDER, format: Format = "ta
     for site in sites:
         used = f"{len(site.token.keys)} of {site.token.workers} used"
         state = "revoked" if site.is_revoked else "in"
-        table.add_row(site.name, state, used, day_of(site.token.expires_at), "\n".join(sorted(site.keys)) or "none yet")
-    print_screen(table if sites else "no sites yet: raflora site add NAME")
+        table.add_row(site.name, state, used, moment(site.token.expires_at), "\n".join(sorted(site.keys)) or "none yet")
+    print_screen(table if sites else "no sites yet: raflora site add NAME --folder FOLDER")
 
 
 @app.command
 def revoke(name: str, /, *, folder: AuthorityFolder = DEFAULT_FOLDER) -> None:
     """Takes back the token and the identities of all workers of the site NAME; a running coordinator ends their calls.
 
-    What they have contributed to finished rounds stays. To let the site in again: raflora site add NAME.
+    What they have contributed to finished rounds stays. It comes in again with: raflora site add NAME --folder FOLDER.
     """
     site = open_desk(folder).issuer.registry.revoke_site(name)
     print(f"site {name} is shut out, with {len(site.keys)} worker(s)")

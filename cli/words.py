@@ -5,11 +5,13 @@ Pure functions from a value to a string; nothing here knows a terminal.
 
 import math
 
+from common.moments import DAY_SECONDS
+
 NOTHING = "-"  # a value that does not exist (an accuracy that nobody measured)
 
 _KIBI = 1024
 _BYTE_UNITS = ("KiB", "MiB", "GiB", "TiB")
-_MINUTE, _HOUR, _DAY = 60.0, 3600.0, 86_400.0
+_MINUTE, _HOUR, _DAY = 60.0, 3600.0, DAY_SECONDS
 
 
 def plain(text: str) -> str:

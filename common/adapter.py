@@ -165,6 +165,17 @@ def effective(adapter: Adapter, *, scaling: float) -> Adapter:
     return Adapter(modules, adapter.tensors)
 
 
+def check_rank(spec: AdapterSpec, rank: int) -> None:
+    """Raises WrongRank if a module is too narrow for this global rank, InvalidRequest if the whole is too large."""
+    if not 0 < rank <= spec.largest_rank:
+        narrow = min(spec.modules, key=lambda m: min(m.out_features, m.in_features))
+        raise WrongRank(
+            f"global rank {rank}: module {narrow.name} is {narrow.out_features} x {narrow.in_features}, "
+            f"so at most rank {spec.largest_rank} fits; lower the rank or leave the module out"
+        )
+    spec.check_size(rank)
+
+
 def initial_adapter(spec: AdapterSpec, rank: int, seed: int) -> Adapter:
     """Round 0: lora_B = 0 and one seeded lora_A of orthonormal rows: slices are nested, no direction is dead.
 
@@ -173,13 +184,7 @@ def initial_adapter(spec: AdapterSpec, rank: int, seed: int) -> Adapter:
 
     Raises WrongRank if a module is too narrow, InvalidRequest if the whole is too large.
     """
-    if not 0 < rank <= spec.largest_rank:
-        narrow = min(spec.modules, key=lambda m: min(m.out_features, m.in_features))
-        raise WrongRank(
-            f"global rank {rank}: module {narrow.name} is {narrow.out_features} x {narrow.in_features}, "
-            f"so at most rank {spec.largest_rank} fits; lower the rank or leave the module out"
-        )
-    spec.check_size(rank)
+    check_rank(spec, rank)
     modules = {}
     for module in spec.modules:
         gaussian = _generator(seed, module.name).standard_normal((module.in_features, rank))

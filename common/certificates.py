@@ -72,11 +72,6 @@ def read_certificate(pem: bytes) -> Certificate:
     )
 
 
-def key_digest_of_request(pem: bytes) -> str:
-    """As Certificate.key_digest, of a signing request whose signature holds. Raises InvalidRequest."""
-    return digest_of_key(key_of_request(pem))
-
-
 def key_of_request(pem: bytes) -> ec.EllipticCurvePublicKey:
     """The P-256 public key that a signing request proves to hold. Raises InvalidRequest."""
     if len(pem) > MAX_REQUEST_BYTES:

@@ -19,6 +19,7 @@ from common.errors import ConfigError
 
 MAX_MESSAGE_BYTES = 4 << 20  # gRPC's default; nothing here needs more
 MAX_CALLS_PER_CONNECTION = 16
+HANDSHAKE_SECONDS = 5.0  # for TLS and HTTP/2's first words; gRPC's own two minutes are a place for whoever is silent
 MAX_PENDING_CALLS = 10_000  # that have arrived and wait for the event loop; gRPC ends those beyond, as CANCELLED
 WINDOW_BYTES = 1 << 20  # of a stream to the coordinator: what it may have to hold for each upload beside a message
 REASON_KEY = "raflora-reason"
@@ -82,15 +83,19 @@ def client_options(keepalive: Keepalive) -> Options:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 500),
         ("grpc.min_reconnect_backoff_ms", 500),
-        ("grpc.max_reconnect_backoff_ms", 30_000),
+        # Between gRPC's own attempts a call fails at once, so this comes on top of the pauses between our calls.
+        ("grpc.max_reconnect_backoff_ms", 5_000),
         ("grpc.service_config", _SERVICE_CONFIG),
         ("grpc.enable_retries", 1),
     ]
 
 
-def server_options(keepalive: Keepalive) -> Options:
-    """Options of the coordinator's server."""
+def server_options(keepalive: Keepalive, max_connections: int | None = None) -> Options:
+    """Options of the coordinator's server; connections beyond so many are closed as soon as they come."""
+    most = [] if max_connections is None else [("grpc.max_allowed_incoming_connections", max_connections)]
     return [
+        *most,
+        ("grpc.server_handshake_timeout_ms", _ms(HANDSHAKE_SECONDS)),
         ("grpc.keepalive_time_ms", _ms(keepalive.server_ping_seconds)),
         ("grpc.keepalive_timeout_ms", _ms(keepalive.timeout_seconds)),
         ("grpc.http2.ping_timeout_ms", _ms(keepalive.timeout_seconds)),
@@ -124,18 +129,6 @@ def client_channel(address: str, tls: Tls | Pem | None, keepalive: Keepalive = K
         certificate_chain=pem.certificate,
     )
     return grpc.aio.secure_channel(address, credentials, options=client_options(keepalive))
-
-
-def server_credentials(tls: Tls) -> grpc.ServerCredentials:
-    """The coordinator's credentials; with a ca_file, clients must show a certificate of that authority."""
-    certificate, key = _read(tls.certificate_file), _read(tls.key_file)
-    if certificate is None or key is None:
-        raise ConfigError("tls: the coordinator needs certificate_file and key_file")
-    return grpc.ssl_server_credentials(
-        [(key, certificate)],
-        root_certificates=_read(tls.ca_file),
-        require_client_auth=tls.ca_file is not None,
-    )
 
 
 def rotating_server_credentials(papers: Callable[[], Pem], *, asks_for_certificates: bool) -> grpc.ServerCredentials:
@@ -225,4 +218,4 @@ def _read(path: Path | None) -> bytes | None:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"tls: {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"tls: {path.absolute()} cannot be read: {error.strerror}") from None

@@ -10,10 +10,12 @@ lists them. A plan says what happens where, several things with commas between t
     trace=FILE                          appends a line for each step: its number, its name
 """
 
+import atexit
 import errno
 import os
 import re
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -80,9 +82,14 @@ def parse_plan(text: str) -> Plan:
 
 
 def arm_as_planned(text: str) -> None:
-    """Carries a plan out in this process from now on; an empty one arms nothing. Raises ConfigError."""
+    """Carries a plan out in this process from now on; an empty one arms nothing. Raises ConfigError.
+
+    At its end the process names the steps of the plan that it never came to: a mistyped one looks like a passed test.
+    """
     if text:
-        arm(_Executor(parse_plan(text)))
+        executor = _Executor(parse_plan(text))
+        atexit.register(executor.tell_what_was_not_met)
+        arm(executor)
 
 
 def _point_of(text: str) -> Point:
@@ -125,3 +132,8 @@ class _Executor:
                 os.kill(os.getpid(), signal.SIGKILL)
         if met:
             raise OSError(met[0].error, f"{os.strerror(met[0].error)} (as planned, at {step})")
+
+    def tell_what_was_not_met(self) -> None:
+        never = sorted({point.step for point in self._plan.points if point.step and not self._hits[point.step]})
+        if never:
+            sys.stderr.write(f"failpoints: this process never came to {', '.join(never)}\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.channel import Tls
 from common.errors import ConfigError
-from common.transfer import write_durably
+from common.transfer import sweep_parts, write_durably
 
 AUTHORITY_FILE = "ca.pem"
 CERTIFICATE_FILE = "certificate.pem"
@@ -59,4 +59,10 @@ class IdentityFolder:
     def write(self, name: str, content: bytes) -> None:
         """Puts one of the files there, durably and for its owner's eyes only."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sweep_parts(self.path, of=name)  # of a process that died here; it may be a key
         write_durably(self.path / name, content, mode=0o600)
+
+    def sweep(self) -> None:
+        """Removes what a process that died while it wrote has left. Only while nobody writes there."""
+        for name in (AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE, ADDRESS_FILE):
+            sweep_parts(self.path, of=name)

@@ -68,8 +68,15 @@ def environment_keys(environ: Mapping[str, str] | None = None) -> tuple[str, ...
 
 
 def environment_with(**changes: str) -> dict[str, str]:
-    """The environment of a process that we start, with these variables changed."""
-    return {**os.environ, **changes}
+    """The environment of a process that we start, with these variables changed.
+
+    Our settings stay here: one may be a join token or a database's password, and no process of ours reads them anew.
+    """
+    return {**{name: text for name, text in os.environ.items() if not _is_ours_alone(name)}, **changes}
+
+
+def _is_ours_alone(name: str) -> bool:
+    return name.startswith(ENVIRONMENT_PREFIX) or name == IDENTITY_VARIABLE
 
 
 def coordinator_address(environ: Mapping[str, str] | None = None, otherwise: str = "") -> str:
@@ -107,11 +114,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
+        raise ConfigError(f"{path.absolute()}: there is no such file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path.absolute()}: cannot be read: {error.strerror}") from None
 
 
 def _put(content: dict[str, Any], keys: list[str], text: str, source: str, sources: dict[str, str]) -> None:

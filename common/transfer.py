@@ -2,7 +2,8 @@
 
 Both directions use it: the coordinator for uploads, the worker for downloads. Nothing here knows gRPC.
 The order is the promise: write, fsync, check the digest, rename, fsync the folder; only then is it complete.
-A full disk is TooBusy and the bytes may be sent again; any other failure of the disk is StorageFailed, and the end.
+A full disk or too many open files is TooBusy and the bytes may be sent again; any other failure of the disk is
+StorageFailed, and the end.
 """
 
 import errno
@@ -14,6 +15,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from pathlib import Path
 
 from common.errors import (
@@ -31,6 +33,7 @@ CHUNK_BYTES = 1 << 20  # well under gRPC's 4 MiB default, so no side must raise 
 SYNC_BYTES = 16 << 20  # at most this much is sent again after a crash
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_CROWDED = frozenset({errno.EMFILE, errno.ENFILE})
 _BROKEN = frozenset({errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE})
 
 
@@ -195,9 +198,12 @@ def write_durably(path: Path, content: bytes, mode: int = 0o666) -> None:
         raise
 
 
-def sweep_parts(folder: Path) -> None:
-    """Removes what writers that died in `write_durably` left in this folder. Only while nobody writes there."""
-    for part in folder.glob("*.part"):
+def sweep_parts(folder: Path, of: str = "*") -> None:
+    """Removes what writers that died in `write_durably` left in this folder, of all files or of this one.
+
+    Only while nobody writes there.
+    """
+    for part in folder.glob("*.part" if of == "*" else f"{escape(of)}.*-*.part"):
         part.unlink(missing_ok=True)
         reach("part.swept")
 
@@ -213,7 +219,8 @@ def rename_durably(source: Path, target: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Makes renames and deletions inside a folder durable. Raises StorageFailed, TooBusy."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with named_failures(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with named_failures(folder):
             reach("folder.syncing")
@@ -235,11 +242,14 @@ def sync(descriptor: int, path: Path) -> None:
 
 @contextmanager
 def named_failures(path: Path) -> Iterator[None]:
-    """Gives a disk that is full, broken or gone its name: TooBusy or StorageFailed; other errors stay what they are."""
+    """Gives a disk that is full, broken or gone, or too many open files, a name: TooBusy or StorageFailed.
+
+    Other errors stay what they are.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL | _BROKEN:
+        if error.errno in _FULL | _CROWDED | _BROKEN:
             raise _named(error, path) from error
         raise
 
@@ -249,7 +259,15 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _FULL
 
 
-def _named(error: OSError, path: Path) -> TooBusy | StorageFailed:
+def shortage_of(error: BaseException) -> str:
+    """What there is too little of, if that is all that is wrong and it may pass; else empty."""
     if is_disk_full(error):
-        return TooBusy(f"{path.name[:12]}: the disk is full; try again later")
+        return "the disk is full"
+    return "too many files are open" if isinstance(error, OSError) and error.errno in _CROWDED else ""
+
+
+def _named(error: OSError, path: Path) -> TooBusy | StorageFailed:
+    if shortage := shortage_of(error):
+        name = path.name[:12] if _DIGEST.match(path.name) else path.name
+        return TooBusy(f"{name}: {shortage}; try again later")
     return StorageFailed(f"{path}: the disk did not keep what it was given: {error.strerror or error}")

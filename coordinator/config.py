@@ -14,6 +14,7 @@ from coordinator.federation.state import RankPolicy
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Share = Annotated[float, Field(gt=0, le=1)]
+MAX_CERTIFICATE_DAYS = 398.0
 
 
 class TlsConfig(Section):
@@ -34,7 +35,7 @@ class IdentityConfig(Section):
     """The federation's own authority: its key, its sites, its join tokens. Nobody else may read it."""
     names: tuple[str, ...] = ("localhost", "127.0.0.1")
     """Host names and addresses by which workers reach the coordinator; they stand in its certificate."""
-    certificate_days: float = Field(default=30.0, gt=0, le=398)
+    certificate_days: float = Field(default=30.0, gt=0, le=MAX_CERTIFICATE_DAYS)
     """How long a certificate is good; workers renew theirs when a third of it is left."""
 
 

@@ -10,17 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from typing import ParamSpec
 
 import structlog
 
 from common.errors import JournalConflict, RafloraError, StorageFailed, TooBusy, Unavailable
 from common.failpoints import reach
+from coordinator.changes import Changes
 from coordinator.clock import FederationClock
 from coordinator.federation.due import next_deadline
-from coordinator.federation.events import ClientJoined, Event, evolve
+from coordinator.federation.events import ClientJoined, Event, RoundOpened, evolve
 from coordinator.federation.requests import NoteSilence, Request, Tick
-from coordinator.federation.state import Membership, State
+from coordinator.federation.state import Membership, Phase, State
 from coordinator.federation.step import Command, Transition, pending, step
 from coordinator.stores.event_codec import entry_of, event_of, snapshot_of, state_of
 from coordinator.stores.journal import Journal
@@ -61,14 +63,13 @@ class Engine:
         self._started_at = self._clock.now()
         self._snapshot_at = self._sequence
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(MAX_QUEUE)
-        self._changed = asyncio.Condition()
-        self.version = 0  # of the state, for those who wait for a change
+        self._changes = Changes()
         self._heard_at: dict[str, float] = {}
+        self._all_heard_since = -inf  # no active client is silent for longer, and no lost one was heard later
         self._has_ended = False
         self._failure: StorageFailed | None = None
         # One thread of its own: a commit, for which everybody waits, must not queue behind slow work.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
-        self.is_stopping = False
 
     @property
     def now(self) -> float:
@@ -97,29 +98,40 @@ class Engine:
             _refuse(waiting, _ending())
         return await waiting.answer
 
+    @property
+    def version(self) -> int:
+        """Of the state, for those who wait for a change."""
+        return self._changes.version
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether nobody should wait for a change any more."""
+        return self._changes.is_over
+
     async def wait_for_change(self, version: int, timeout_seconds: float) -> int:
         """The version of the state as soon as it is another one, or the same after the timeout."""
-        async with self._changed:
-            try:
-                async with asyncio.timeout(timeout_seconds):
-                    await self._changed.wait_for(lambda: self.version != version or self.is_stopping)
-            except TimeoutError:
-                pass
-            return self.version
+        await self._changes.wait(version, timeout_seconds)
+        return self.version
+
+    async def wait_for_news(self, client_id: str, version: int, timeout_seconds: float) -> None:
+        """Until a newer version concerns the client: a round was opened, the last one is over, or it is named in it."""
+        await self._changes.wait_for_news(client_id, version, timeout_seconds)
 
     async def stop_waiting(self) -> None:
         """Ends every wait for a change, so that a clean end need not outlast the longest poll."""
-        self.is_stopping = True
-        async with self._changed:
-            self._changed.notify_all()
+        self._changes.end()
 
     def hear(self, client_id: str) -> None:
         """Notes a sign of life; volatile."""
         self._heard_at[client_id] = self.now
+        client = self.state.clients.get(client_id)
+        if client is not None and client.membership is Membership.LOST:
+            self._all_heard_since = -inf
 
     def silent_seconds(self, client_id: str) -> float:
         """Since the client was last heard by this process."""
-        return self.now - self._heard_at.get(client_id, self.now)
+        heard_at = self._heard_at.get(client_id)
+        return 0.0 if heard_at is None else self.now - heard_at
 
     def end_with(self, failure: StorageFailed) -> None:
         """Makes `run` raise this: whoever finds that the disk broke its promise ends the coordinator."""
@@ -164,17 +176,23 @@ class Engine:
         return max(nap, 0.01)
 
     def _silences(self) -> Iterable[NoteSilence]:
-        rules = self.state.rules
-        if rules is None:
+        """What the engine has to ask itself. Looks at the clients only if it may find somebody: it is called often."""
+        rules, now = self.state.rules, self.now
+        if rules is None or now - self._all_heard_since <= rules.lease_ttl_seconds:
             return
-        for client in self.state.clients.values():
-            silent = self.silent_seconds(client.client_id) if client.client_id in self._heard_at else None
-            if silent is None:
+        heard_since, found = now, False
+        for client_id, client in self.state.clients.items():
+            heard_at = self._heard_at.get(client_id)
+            if heard_at is None:
                 continue
-            if client.is_active and silent > rules.lease_ttl_seconds:
-                yield NoteSilence(client.client_id, is_lost=True)
-            elif client.membership is Membership.LOST and silent <= rules.lease_ttl_seconds:
-                yield NoteSilence(client.client_id, is_lost=False)
+            is_silent = now - heard_at > rules.lease_ttl_seconds
+            if (client.is_active and is_silent) or (client.membership is Membership.LOST and not is_silent):
+                found = True
+                yield NoteSilence(client_id, is_lost=is_silent)
+            elif client.is_active:
+                heard_since = min(heard_since, heard_at)
+        # What was found may be refused, or be outdated by a call before it is recorded: then it is looked for again.
+        self._all_heard_since = -inf if found else heard_since
 
     async def _take(self, batch: list[_Waiting]) -> None:
         """Steps through a batch, commits it as one transaction, starts what it commands and answers."""
@@ -223,18 +241,20 @@ class Engine:
                 self.hear(event.client.client_id)  # or what it was silent before would count at once
         if self._sequence - self._snapshot_at >= SNAPSHOT_EVERY:
             await self._save_snapshot()
-        async with self._changed:
-            self.version += 1
-            self._changed.notify_all()
+        is_for_all = state.phase is Phase.FINISHED or any(isinstance(event, RoundOpened) for event in events)
+        self._changes.announce(map(_client_of, events), is_for_all=is_for_all)
 
     async def _save_snapshot(self) -> None:
         try:
-            body = snapshot_of(self.state)
-            await self._write(self._journal.save_snapshot, self._federation, self._sequence, body)
+            await self._write(self._write_snapshot, self._sequence, self.state)
         except (TooBusy, Unavailable) as error:  # the events are recorded; only a restart has more to read
             log.warning("no snapshot", why=str(error))
             return
         self._snapshot_at = self._sequence
+
+    def _write_snapshot(self, sequence: int, state: State) -> None:
+        # In the writer's thread: the state holds every round there ever was, and it is frozen.
+        self._journal.save_snapshot(self._federation, sequence, snapshot_of(state))
 
     async def _write(self, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         await asyncio.get_running_loop().run_in_executor(self._writer, partial(work, *args, **kwargs))
@@ -244,6 +264,11 @@ class Engine:
             batch.append(self._queue.get_nowait())
         for waiting in batch:
             _refuse(waiting, _ending())
+
+
+def _client_of(event: Event) -> str:
+    """Whom an event is about; "" for one about everybody or nobody."""
+    return event.client.client_id if isinstance(event, ClientJoined) else getattr(event, "client_id", "")
 
 
 def _refuse(waiting: _Waiting, error: RafloraError) -> None:

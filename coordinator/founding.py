@@ -4,11 +4,12 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import structlog
 
-from common.adapter import AdapterSpec, initial_adapter
+from common.adapter import AdapterSpec, check_rank, initial_adapter
 from common.codec import encode
 from common.errors import (
     BaseModelMismatch,
@@ -32,6 +33,7 @@ from coordinator.stores.blobs import BlobStore, FileBlobs
 from coordinator.stores.disk import Disk, DiskLimits
 from coordinator.stores.uploads import UploadSpool
 
+_SPEC_KEY = "adapter.spec"
 ROOM_PAUSE_SECONDS = 1.0  # after the first try on a full disk or into a locked journal, then ever longer
 MAX_ROOM_PAUSE_SECONDS = 60.0
 
@@ -45,7 +47,11 @@ class Foundation:
     """A federation's engine, blobs and uploads; its manifest and slices as soon as it is founded."""
 
     def __init__(self, config: CoordinatorConfig, engine: Engine, blobs: FileBlobs) -> None:
-        """Raises ConfigError if the federation was founded with other settings, CorruptStore for a damaged manifest."""
+        """Raises ConfigError if the federation was founded with other settings, CorruptStore for a damaged manifest.
+
+        Of a federation that is still to be founded, the operator's spec is read and checked here: what cannot be
+        founded must not listen.
+        """
         self.config = config
         self.engine = engine
         self.blobs = blobs
@@ -55,10 +61,18 @@ class Foundation:
         self._slices: Slices | None = None
         self._founding = asyncio.Lock()
         self._pins: Counter[str] = Counter()
+        self._spec: tuple[AdapterSpec, str] | None = None  # the operator's, with the base model's digest
         self.obstacle = ""  # what cannot be done for lack of room, and why; it will be when there is some
         if engine.state.manifest_digest:
             self._adopt(Manifest.from_content(blobs.verify(engine.state.manifest_digest).read_bytes()))
             check_unchanged(self.known_manifest, config)
+        elif config.adapter.spec is not None:
+            self._spec = read_spec(config, config.adapter.spec)
+
+    @property
+    def is_founding(self) -> bool:
+        """Whether the operator's spec is known, and nobody has to be waited for."""
+        return self.manifest is None and self._spec is not None
 
     @property
     def known_manifest(self) -> Manifest:
@@ -76,9 +90,9 @@ class Foundation:
 
     async def found_from_file(self) -> None:
         """Founds the federation if the operator gave a spec. Raises ConfigError."""
-        if self.manifest is None and self.config.adapter.spec is not None:
-            spec, digest = await asyncio.to_thread(read_spec_file, self.config.adapter.spec)
-            await self.found_if_new(spec, digest, "adapter.spec")
+        if self.manifest is None and self._spec is not None:
+            spec, digest = self._spec
+            await self.found_if_new(spec, digest, _SPEC_KEY)
 
     async def found_if_new(self, spec: AdapterSpec, base_model_digest: str, whose: str) -> None:
         """Founds the federation on this spec unless it is founded already. Raises BaseModelMismatch, ConfigError."""
@@ -186,6 +200,20 @@ def check_settings(config: CoordinatorConfig) -> None:
     method = make_method(config.aggregation.options)
     if method.service_refusal:
         raise ConfigError(f"aggregation.method {method.name}: {method.service_refusal}; run it with raflora simulate")
+
+
+def read_spec(config: CoordinatorConfig, path: Path) -> tuple[AdapterSpec, str]:
+    """The spec in this file and its base model's digest, if a federation of these settings can be founded on them.
+
+    Raises ConfigError, BaseModelMismatch.
+    """
+    spec, digest = read_spec_file(path)
+    check_base_model(config.model.base_model_digest, digest, _SPEC_KEY)
+    try:
+        check_rank(spec, config.adapter.global_rank)
+    except WrongRank as error:
+        raise ConfigError(f"adapter.global_rank: {error}") from None
+    return spec, digest
 
 
 def found(manifest: Manifest, blobs: BlobStore) -> Found:

@@ -162,13 +162,16 @@ class Intake:
         """The file's length, after a process of its own has looked at it. Raises AdapterMismatch and its kin."""
         manifest, limits = self._foundation.known_manifest, self._foundation.config.limits
         keeps_lora_A = manifest.freezes_lora_A and assignment.slice_digest
-        ranks = [client.rank for client in self._engine.state.clients.values()]
+        bounds: tuple[int, ...] = ()
+        if limits.max_partition_norm is not None:
+            ranks = [client.rank for client in self._engine.state.clients.values()]
+            bounds = partition_bounds(ranks, assignment.rank)
         inspection = Inspection(
             path=path,
             layout=manifest.layout(assignment.rank),
             whose=f"client {request.client_id!r}, round {request.number}",
             handed_out=self._foundation.blobs.open(assignment.slice_digest) if keeps_lora_A else None,
-            bounds=() if limits.max_partition_norm is None else partition_bounds(ranks, assignment.rank),
+            bounds=bounds,
             scaling=manifest.scaling(assignment.rank),
         )
         norms = await self._inspectors.inspect(inspection)

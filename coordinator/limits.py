@@ -15,10 +15,10 @@ import structlog
 
 from common.adapter import AdapterSpec, numbers_of
 from common.errors import InvalidRequest, NormTooLarge, QuotaExceeded, RafloraError, TooManyExamples
+from common.moments import DAY_SECONDS
 from coordinator.config import LimitsConfig
 from coordinator.federation.state import State
 
-DAY_SECONDS = 86_400.0
 _BYTES_PER_NUMBER = 4  # the global adapter is float32, whatever travels
 
 log = structlog.get_logger()

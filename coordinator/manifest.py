@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from common.adapter import AdapterSpec, ModuleShape, TensorShape
 from common.codec import Layout, digest_of
-from common.errors import ConfigError, CorruptStore
+from common.errors import ConfigError, CorruptStore, InvalidRequest
 from coordinator.aggregation.methods import make_method
 from coordinator.config import (
     AdapterConfig,
@@ -217,8 +217,8 @@ def read_spec_file(path: Path) -> tuple[AdapterSpec, str]:
         )
         return spec, str(fields["base_model_digest"])
     except OSError as error:
-        raise ConfigError(f"adapter.spec: {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"adapter.spec: {path.absolute()} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, InvalidRequest) as error:
         raise ConfigError(f"adapter.spec: {path} is not what `raflora spec` writes: {error!r}") from None
 
 

@@ -3,22 +3,33 @@
 import json
 import multiprocessing
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import structlog
 
-from common.codec import encode
-from common.errors import NotFinite
+from common.adapter import Adapter
+from common.codec import MAX_MAGNITUDE, encode, name_of_lora_A, name_of_lora_B
+from common.errors import NotFinite, RafloraError
 from common.failpoints import reach
 from coordinator.aggregation.report import RoundReport
 from coordinator.aggregation.round import AggregationInput, AggregationJob, aggregate, initialise_pool
+from coordinator.federation.requests import DIVERGED
 from coordinator.federation.step import Aggregate
 from coordinator.manifest import Manifest
 from coordinator.stores.blobs import FileBlobs
 
+MAX_SHARE = 0.1  # of what an update may hold: who starts from an adapter at that bound could send nothing back
+
 log = structlog.get_logger()
+
+
+class Diverged(RafloraError):
+    """The merged adapter holds numbers that no trained one does; trying again will not mend that."""
+
+    reason = "diverged"
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ def merge(
 ) -> Merged:
     """Verifies every input's digest, aggregates, and makes the result durable. Blocking.
 
-    Raises CorruptStore if a blob changed on disk, NotFinite if the result is not finite.
+    Raises CorruptStore if a blob changed on disk, NotFinite if the result is not finite, Diverged if it is absurd.
     """
     started = time.perf_counter()
     job = AggregationJob(
@@ -83,6 +94,7 @@ def merge(
     except np.linalg.LinAlgError as error:
         raise NotFinite(f"round {command.number}: the singular values did not converge: {error}") from error
     reach("adapter.merged")
+    check_slices(aggregated.adapter, manifest, levels)
     digest = blobs.put(encode(aggregated.adapter))
     reach("adapter.stored")
     report = aggregated.report
@@ -96,3 +108,25 @@ def merge(
         seconds=round(seconds, 3),
     )
     return Merged(digest, report, seconds)
+
+
+def check_slices(adapter: Adapter, manifest: Manifest, ranks: Iterable[int]) -> None:
+    """Whether clients of these ranks, and of the global one, could train on from their slices. Raises Diverged."""
+    largest, where = max(_magnitudes(adapter, manifest, {*ranks, manifest.adapter.global_rank}))
+    if largest > MAX_SHARE * MAX_MAGNITUDE:
+        raise Diverged(
+            f"{DIVERGED}: {where} holds {largest:.3g}, at most {MAX_SHARE * MAX_MAGNITUDE:g} is "
+            "published; the last adapter stays; a lower training.learning_rate needs a new federation"
+        )
+
+
+def _magnitudes(adapter: Adapter, manifest: Manifest, ranks: Iterable[int]) -> Iterator[tuple[float, str]]:
+    """The largest number of every tensor as it would be handed out, and its name."""
+    yield 0.0, "nothing"
+    for name, tensor in adapter.tensors.items():
+        yield float(np.abs(tensor).max(initial=0.0)), name
+    for name, factors in adapter.modules.items():
+        yield float(np.abs(factors.lora_A).max(initial=0.0)), name_of_lora_A(name)
+        columns = np.maximum.accumulate(np.abs(factors.lora_B).max(axis=0))  # [rank]: of the first 1, 2, 3 ... columns
+        for rank in ranks:
+            yield float(columns[min(rank, adapter.rank) - 1]) / manifest.scaling(rank), name_of_lora_B(name)

@@ -55,6 +55,8 @@ def _tell_of_signs(signs: Sequence[Sign], known: Set[str]) -> Set[str]:
 
 
 def _tell_of_clients(before: State, state: State) -> None:
+    if state.clients is before.clients:
+        return  # most changes are of the round's
     for client_id, client in state.clients.items():
         known = before.clients.get(client_id)
         if known is None:
@@ -75,9 +77,10 @@ def _tell_of_rounds(service: CoordinatorService, before: State, state: State) ->
     if evaluated is not None and evaluated.evaluations and (was is None or was.evaluated_at != evaluated.evaluated_at):
         accuracy = {client_id: result.metrics.get("accuracy") for client_id, _, result in evaluated.evaluations}
         log.info("round evaluated", round=evaluated.number, accuracy=accuracy)
-    if state.last_abandoned and (state.last_abandoned, state.open) != (before.last_abandoned, before.open):
+    was_open = before.open
+    if state.last_abandoned and was_open and (state.open is None or state.open.attempt != was_open.attempt):
         log.warning("round given up", round=state.round + 1, why=state.last_abandoned)
-    opened, was_open = state.open, before.open
+    opened = state.open
     if opened is None:
         return
     if was_open is None or opened.opened_at != was_open.opened_at:

@@ -10,13 +10,13 @@ import structlog
 from common.adapter import Adapter
 from common.errors import RafloraError, StorageFailed, TooBusy
 from common.failpoints import reach
-from common.transfer import is_disk_full
+from common.transfer import shortage_of
 from coordinator.federation.requests import AbortRound, Outcome, Publish
 from coordinator.federation.state import Membership
 from coordinator.federation.step import Aggregate, pending
 from coordinator.founding import Foundation
 from coordinator.manifest import Manifest
-from coordinator.merging import Merged, make_pool, merge
+from coordinator.merging import Diverged, Merged, make_pool, merge
 from coordinator.slices import read_global_adapter
 
 log = structlog.get_logger()
@@ -101,12 +101,13 @@ class Publisher:
         except (StorageFailed, TooBusy):
             raise
         except (RafloraError, OSError, MemoryError, BrokenExecutor) as error:
-            if is_disk_full(error):
-                raise TooBusy("the coordinator's disk is full") from error
+            if shortage := shortage_of(error):
+                raise TooBusy(f"the coordinator cannot do that now: {shortage}") from error
             log.error("aggregation failed", round=command.number, error=str(error))
             opened = foundation.engine.state.open
             if opened is not None and (opened.number, opened.attempt) == (command.number, command.attempt):
-                await foundation.engine.submit(AbortRound(command.number, f"the aggregation failed: {error}"))
+                reason = str(error) if isinstance(error, Diverged) else f"the aggregation failed: {error}"
+                await foundation.engine.submit(AbortRound(command.number, reason))
             return None
 
     async def _publish(self, command: Aggregate, merged: Merged) -> None:

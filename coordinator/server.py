@@ -22,6 +22,7 @@ from raflora.v1 import (
 )
 
 from common.channel import Keepalive, rotating_server_credentials, server_options
+from common.descriptors import most_connections
 from common.errors import ConfigError
 from coordinator.config import CoordinatorConfig
 from coordinator.founding import check_settings
@@ -41,6 +42,7 @@ from coordinator.stores.lock import lock_state_folder
 from coordinator.stores.owner import Owner, claim_state_folder
 
 _GRACE_SECONDS = 10.0  # for calls in progress at a clean end
+_FAILED_GRACE_SECONDS = 1.0  # after a failure: long enough for health's watchers to hear of it, and for answers
 SERVICES = tuple(
     file.services_by_name[name].full_name
     for file, name in (
@@ -92,16 +94,18 @@ async def _serve(
     on_listening: Callable[[str], None] | None,
 ) -> None:
     gate, issuer = service.security.gate, service.security.issuer
-    access = [AccessInterceptor(gate)] if gate else []
+    access = AccessInterceptor(gate)
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(service.engine.end_with), *access], options=server_options(Keepalive())
+        interceptors=[ErrorInterceptor(service.engine.end_with), access],
+        options=server_options(Keepalive(), most_connections()),
     )
     served = SERVICES if issuer is None else (*SERVICES, IDENTITY_SERVICE)
     federation_pb2_grpc.add_FederationServiceServicer_to_server(FederationServicer(service), server)
     status_pb2_grpc.add_StatusServiceServicer_to_server(StatusServicer(service), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(service), server)
     if issuer is not None:
-        identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(issuer), server)
+        identity = IdentityServicer(issuer, lambda: service.engine.now)
+        identity_pb2_grpc.add_IdentityServiceServicer_to_server(identity, server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     if config.server.reflection:
@@ -110,7 +114,7 @@ async def _serve(
     stopping = _stop_on_signals()
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(service.run()), group.create_task(narrate(service))]
-        running += [group.create_task(interceptor.watch()) for interceptor in access]
+        running.append(group.create_task(access.watch()))
         await server.start()
         for name in ("", *served):
             await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -123,7 +127,7 @@ async def _serve(
         finally:
             await healthy.enter_graceful_shutdown()
             await service.engine.stop_waiting()
-            await server.stop(_GRACE_SECONDS if stopping.is_set() else 0)
+            await server.stop(_GRACE_SECONDS if stopping.is_set() else _FAILED_GRACE_SECONDS)
             for task in running:
                 task.cancel()
 

@@ -16,7 +16,7 @@ from coordinator.aggregation.forecast import CollapseForecast, forecast_collapse
 from coordinator.config import CoordinatorConfig
 from coordinator.engine import Engine
 from coordinator.federation.explain import explain
-from coordinator.federation.members import member
+from coordinator.federation.members import enrolled, member
 from coordinator.federation.requests import (
     ChangeRules,
     Claim,
@@ -43,7 +43,9 @@ from coordinator.identity.security import Security, security_of
 from coordinator.intake import Intake
 from coordinator.limits import check_founding_size
 from coordinator.manifest import Manifest, RoundPlan
+from coordinator.pace import Pace
 from coordinator.publishing import PublishedAdapter, Publisher
+from coordinator.revocation import Revocation
 from coordinator.sessions import Sessions, conflict_of
 from coordinator.slices import BlobReference
 from coordinator.stores.blobs import FileBlobs
@@ -109,12 +111,15 @@ class CoordinatorService:
         self.foundation = Foundation(config, self.engine, blobs)
         self.intake = Intake(self.foundation, self.known_member, self.security.organisation_of)
         self._publisher = Publisher(self.foundation, on_published)
+        self._revocation = Revocation(self.engine, self.security.gate)
+        self._pace = Pace()
         self._commands = asyncio.TaskGroup()  # an error in one of them is fatal, as in the engine
 
     async def run(self) -> None:
         """The engine, and the founding if the spec is known from a file. Until cancelled; an error is fatal."""
         async with self._commands:
             self._commands.create_task(self.engine.run())
+            self._commands.create_task(self._revocation.watch())
             await self.foundation.when_there_is_room("the federation is not started", self._start)
 
     def close(self) -> None:
@@ -128,7 +133,13 @@ class CoordinatorService:
         await self._publisher.sweep()
 
     def _carry_out(self, command: Command) -> None:
-        self._commands.create_task(self._publisher.carry_out(command))
+        self._commands.create_task(self._merge(command))
+
+    async def _merge(self, command: Command) -> None:
+        # A site that was revoked before the round was closed is not merged, however fast the round was.
+        what = f"round {command.number} is closed but not yet merged"
+        await self.foundation.when_there_is_room(what, self._revocation.apply)
+        await self._publisher.carry_out(command)
 
     # ------------------------------------------------------------ membership
 
@@ -152,7 +163,12 @@ class CoordinatorService:
         await self.foundation.found_if_new(spec, base_model_digest, whose)
         check_base_model(self.foundation.known_manifest.base_model_digest, base_model_digest, whose)
         check_spec(self.foundation.known_manifest, spec, whose)
+        known = self.engine.state.clients.get(client_id)
+        if known is not None and enrolled(self.engine.state, request) != known:
+            self._check_pace(client_id)
         transition = await self.engine.submit(request)
+        if known is not None and transition.outcome is Outcome.ACCEPTED:
+            self._spend(client_id)
         self.engine.hear(client_id)
         return transition.state.clients[client_id]
 
@@ -170,7 +186,9 @@ class CoordinatorService:
     async def leave(self, client_id: str, enrol_key: str) -> None:
         """The client says good-bye."""
         await self.known_member(client_id, enrol_key)
-        await self.engine.submit(Leave(client_id))
+        self._check_pace(client_id)
+        if (await self.engine.submit(Leave(client_id))).outcome is Outcome.ACCEPTED:
+            self._spend(client_id)
 
     async def known_member(self, client_id: str, enrol_key: str) -> Client:
         """The client behind a call, noted as alive. Raises UnknownClient, Evicted or IdentityConflict."""
@@ -200,14 +218,15 @@ class CoordinatorService:
             opened = self.engine.state.open
             assignment = self.engine.state.takeable_by(client_id)
             if opened is not None and assignment is not None:
-                task = await self._claim(opened, assignment)
+                task = await self._claim(opened, assignment, session)
                 if task is not None:
                     return task
             left = deadline - self.engine.now
             if left <= 0 or self.engine.state.phase is Phase.FINISHED or self.engine.is_stopping:
                 return None
             # Who waits here is alive: it must be heard more often than its lease is long.
-            await self.engine.wait_for_change(version, min(left, self.config.rounds.lease_ttl_seconds / 3))
+            longest = self.config.rounds.lease_ttl_seconds / 3
+            await self.engine.wait_for_news(client_id, version, min(left, longest))
 
     def holds_lease(self, client_id: str, lease_token: int, progress: Progress) -> bool:
         """Whether the holder of the lease should go on; notes its progress."""
@@ -225,8 +244,11 @@ class CoordinatorService:
         """Takes a task back; True if the client may be given it again."""
         await self.known_member(client_id, enrol_key)
         failure = plain(failure, MAX_FAILURE_CHARS)
+        self._check_pace(client_id)
         transition = await self.engine.submit(Fail(client_id, lease_token, failure))
-        log.warning("task failed", client=client_id, failure=failure)
+        if transition.outcome is Outcome.ACCEPTED:
+            self._spend(client_id)
+            log.warning("task failed", client=client_id, failure=failure)
         opened = transition.state.open
         assignment = opened.assignment_of(client_id) if opened else None
         return assignment is not None and not assignment.is_failed
@@ -249,6 +271,8 @@ class CoordinatorService:
 
     def explanation(self) -> str:
         """Why nothing happens, in one sentence."""
+        if self.foundation.is_founding:
+            return "being founded on adapter.spec"
         return explain(self.engine.state, self.engine.now)
 
     def forecast(self) -> CollapseForecast:
@@ -269,6 +293,12 @@ class CoordinatorService:
 
     # ------------------------------------------------------------ inside
 
+    def _check_pace(self, client_id: str) -> None:
+        self._pace.check(client_id, self.engine.now, self.engine.state.round)
+
+    def _spend(self, client_id: str) -> None:
+        self._pace.spend(client_id, self.engine.now, self.engine.state.round)
+
     async def _apply_rules(self) -> None:
         """What the operator may change with a restart: when rounds open and close."""
         manifest = self.foundation.manifest
@@ -277,25 +307,33 @@ class CoordinatorService:
             if (await self.engine.submit(ChangeRules(wanted))).outcome is Outcome.ACCEPTED:
                 log.info("rules changed", why=self.explanation())
 
-    async def _claim(self, opened: OpenRound, assignment: Assignment) -> Task | None:
-        manifest = self.foundation.known_manifest
+    async def _claim(self, opened: OpenRound, assignment: Assignment, session: str) -> Task | None:
+        manifest, client_id = self.foundation.known_manifest, assignment.client_id
+        held_token = self.sessions.lease_of(client_id, session)
+        is_first = not assignment.lease_token and not assignment.failures
+        if not is_first and assignment.lease_token != held_token:
+            self._check_pace(client_id)
         reference = await self.foundation.slices.slice_of(self.engine.state.adapter_digest, assignment.rank)
         transition = await self.engine.submit(
-            Claim(assignment.client_id, opened.kind, opened.number, opened.attempt, reference.digest)
+            Claim(client_id, opened.kind, opened.number, opened.attempt, reference.digest, held_token)
         )
         now_open = transition.state.open
-        if transition.outcome is not Outcome.ACCEPTED or now_open is None:
+        if transition.outcome not in (Outcome.ACCEPTED, Outcome.DUPLICATE) or now_open is None:
             return None
-        leased = now_open.assignment_of(assignment.client_id)
-        self.counters.progress[assignment.client_id] = Progress("fetching")
+        leased = now_open.assignment_of(client_id)
+        lease_token = leased.lease_token if leased else 0
+        if transition.outcome is Outcome.ACCEPTED:
+            self._spend(client_id)
+            self.sessions.note_lease(client_id, session, lease_token)
+        self.counters.progress[client_id] = Progress("fetching")
         return Task(
             kind=opened.kind,
             number=opened.number,
             attempt=opened.attempt,
-            lease_token=leased.lease_token if leased else 0,
+            lease_token=lease_token,
             rank=assignment.rank,
             scaling=manifest.scaling(assignment.rank),
             slice=reference,
-            plan=manifest.plan(opened.number, assignment.client_id),
+            plan=manifest.plan(opened.number, client_id),
             deadline_seconds=max(0.0, now_open.deadline_at - self.engine.now),
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from common.errors import IdentityConflict
+from coordinator.quiet import Quiet
 
 REMEMBERED_SESSIONS = 8  # of one client that have ended; an even older one would count as new
 ALARM_SECONDS = 3600.0  # of the federation's clock: so long the status tells of the last conflict
@@ -23,6 +24,7 @@ log = structlog.get_logger()
 @dataclass
 class _Spokesman:
     newest: str
+    lease_token: int = 0  # that the newest was given last
     older: deque[str] = field(default_factory=lambda: deque(maxlen=REMEMBERED_SESSIONS))
     conflict_at: float | None = None
 
@@ -32,6 +34,7 @@ class Sessions:
 
     def __init__(self) -> None:
         self._by_client: dict[str, _Spokesman] = {}
+        self._quiet = Quiet()
 
     def hear(self, client_id: str, session: str, now: float) -> None:
         """A call came from this session of a member. Raises IdentityConflict if there is a newer one.
@@ -44,11 +47,26 @@ class Sessions:
         known = self._by_client.setdefault(client_id, _Spokesman(session))
         if session in known.older:
             known.conflict_at = now
-            log.warning("two workers speak as one client", client=client_id, why=_sentence(client_id))
+            if (unsaid := self._quiet.unsaid(client_id, now)) >= 0:
+                why = _sentence(client_id)
+                log.warning("two workers speak as one client", client=client_id, why=why, unsaid=unsaid)
             raise conflict_of(client_id)
         if session != known.newest:
             known.older.append(known.newest)
             known.newest = session
+            known.lease_token = 0
+
+    def lease_of(self, client_id: str, session: str) -> int:
+        """The lease that this very session was given last; 0 if it has none, or gives no session."""
+        known = self._by_client.get(client_id)
+        is_newest = known is not None and bool(session) and known.newest == session[:_LONGEST_SESSION]
+        return known.lease_token if known is not None and is_newest else 0
+
+    def note_lease(self, client_id: str, session: str, lease_token: int) -> None:
+        """The session was given a lease; forgotten as soon as another session speaks."""
+        known = self._by_client.get(client_id)
+        if known is not None and known.newest == session[:_LONGEST_SESSION]:
+            known.lease_token = lease_token
 
     def is_newest(self, client_id: str, session: str) -> bool:
         """Whether a call of this session may still be given something."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from coordinator.aggregation.method import MethodOptions
 from coordinator.aggregation.report import RankPartition, RoundReport
+from coordinator.config import CoordinatorConfig
+from coordinator.federation.requests import DIVERGED
 from coordinator.federation.state import Phase, RoundRecord, State
 from coordinator.merging import report_from_json
 
@@ -18,6 +20,7 @@ GROWTH = 2.0  # of the norm over SPAN rounds; healthy runs show 1.3 to 1.6, dive
 # Here the owners of a rank index decide it among themselves, however few they are.
 _OWNERS_DECIDE = frozenset({"raflora", "rb-lora", "replication"})
 _WEIGHT_FLOOR = "method raflora and an aggregation.weight_floor (0.3, say)"
+_HAS_DIVERGED = "the federation paused itself for good: found a new one with a lower training.learning_rate"
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,21 @@ def warnings_of(state: State, options: MethodOptions) -> list[str]:
                 "rounds.min_clients, or let another worker join"
             )
     if state.is_paused and state.pause_reason:
-        warnings.append(f"the federation paused itself: {state.pause_reason}")
+        # Why stands in the explanation of the state.
+        diverged = state.pause_reason.startswith(DIVERGED)
+        warnings.append(_HAS_DIVERGED if diverged else "the federation paused itself")
     return warnings + [sign.sentence for sign in signs_of(state.history, options)]
+
+
+def founding_warnings(config: CoordinatorConfig, *, is_founded: bool) -> tuple[str, ...]:
+    """What a federation whose callers are known leaves to the worker that happens to join first."""
+    is_open = config.adapter.spec is None and not config.model.base_model_digest
+    if is_founded or not is_open or config.server.identity is None:
+        return ()
+    return (
+        "the first worker to join decides which weights and layers all others must have: set adapter.spec or "
+        "model.base_model_digest, as `raflora spec` prints it",
+    )
 
 
 def signs_of(history: Sequence[RoundRecord], options: MethodOptions) -> tuple[Sign, ...]:
@@ -87,9 +103,9 @@ def _divergence(history: Sequence[RoundRecord], options: MethodOptions) -> Itera
     floor = f", or with {_WEIGHT_FLOOR}" if _gives_a_lone_owner_all(options) else ""
     yield Sign(
         about,
-        f"{about}: from round {first.number} to {last.number} its norm grew from {norms[-1 - SPAN]:.3g} to "
-        f"{norms[-1]:.3g}, and within these rounds the training loss rose from {earlier:.3g} to {later:.3g}; found a "
-        f"new federation with a lower training.learning_rate that decays{floor}",
+        f"{about}: rounds {first.number} to {last.number} took its norm from {norms[-1 - SPAN]:.3g} to "
+        f"{norms[-1]:.3g}, the training loss from {earlier:.3g} to {later:.3g}; found a new federation with a lower "
+        f"training.learning_rate that decays{floor}",
     )
 
 
@@ -108,9 +124,8 @@ def _lone_owner(history: Sequence[RoundRecord], options: MethodOptions) -> Itera
     low, high = lone[0].low, lone[-1].high
     yield Sign(
         f"one client alone trains {_ranks(low, high)}",
-        f"{_ranks(low, high)} had at most one client in each of the last {LONG} rounds, and what it learns goes into "
-        f"the adapter whole, its noise included: let more clients of rank {high} take part, or found the next "
-        f"federation with {_WEIGHT_FLOOR}",
+        f"{_ranks(low, high)} had at most one client in each of the last {LONG} rounds, whose noise goes into the "
+        f"adapter whole: let more clients of rank {high} take part, or found the next federation with {_WEIGHT_FLOOR}",
     )
 
 

@@ -22,7 +22,9 @@ simulation/experiment.py; change those, not this page. -->
 
 One TOML file a role, read once at start. A key can be overridden by an environment variable and, above that, by
 `--set`. An unknown key or a value out of range ends the process with exit status 2 and a sentence that names the
-source, the key and what was expected. `raflora config coordinator` and `raflora config worker` print the same tables.
+source, the key and what was expected. **A relative path begins at the working directory of the process**, not at the
+settings file; a sentence about a missing file names the absolute path that was tried. `raflora config coordinator` and
+`raflora config worker` print the same tables.
 
 ## The coordinator: `raflora coordinator --config federation.toml`
 

@@ -85,11 +85,13 @@ async def serving(config: CoordinatorConfig) -> AsyncIterator[str]:
 class CoordinatorProcess:
     """`raflora coordinator` as a process of its own."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], descriptors: int | None = None) -> None:
+        """With so many descriptors at most, if a number is given."""
         file = folder / "federation.toml"
         file.write_text(to_toml(settings))
+        bound = [] if descriptors is None else ["sh", "-c", f'ulimit -n {descriptors} && exec "$@"', "sh"]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "cli.main", "coordinator", "--config", str(file)],
+            [*bound, sys.executable, "-m", "cli.main", "coordinator", "--config", str(file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -98,6 +100,11 @@ class CoordinatorProcess:
         self.output: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     def wait_until_listening(self) -> str:
         """Its address."""
@@ -159,6 +166,11 @@ class NumpyClient:
         self.enrol_key = self.enrol_key or f"key-of-{self.client_id}"
         who = Credentials(self.client_id, self.enrol_key, "0")
         self.rpc = CoordinatorClient(CoordinatorAddress(address=self.address), who)
+
+    async def restart(self) -> None:
+        """Another process of the same identity; it has joined already."""
+        await self.rpc.close()
+        self.__post_init__()
 
     async def join(self, base_model: str = BASE_MODEL) -> None:
         """Takes a place."""

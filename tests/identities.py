@@ -22,8 +22,9 @@ from common.certificates import new_key, private_key, read_certificate, signing_
 from common.channel import REASON_KEY, Pem
 from common.identity import Role, Subject
 from common.join_token import JoinToken
+from common.moments import DAY_SECONDS
 from coordinator.config import CoordinatorConfig
-from coordinator.identity.authority import CERTIFICATE_FILE, DAY_SECONDS, KEY_FILE, Authority, new_authority
+from coordinator.identity.authority import CERTIFICATE_FILE, KEY_FILE, Authority, new_authority
 from coordinator.identity.issuer import Issuer
 from coordinator.identity.registry import Registry
 from coordinator.server import run_coordinator

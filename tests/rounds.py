@@ -13,6 +13,7 @@ from coordinator.federation.requests import (
     Outcome,
     Publish,
     Request,
+    Revoke,
     SubmitEvaluation,
     SubmitUpdate,
     Tick,
@@ -81,10 +82,10 @@ def joins(client_id: str, *, key: str = "", max_rank: int = 0, num_examples: int
     return Join(client_id, key or f"key-of-{client_id}", Profile(max_rank or RANKS.get(client_id, 4), num_examples))
 
 
-def claims(client_id: str) -> Act:
-    """Fetches the task of the open round."""
+def claims(client_id: str, *, held: int = 0) -> Act:
+    """Fetches the task of the open round; `held` is the lease that the same process was given before."""
     return lambda state: Claim(
-        client_id, opened(state).kind, opened(state).number, opened(state).attempt, slice_of(state, client_id)
+        client_id, opened(state).kind, opened(state).number, opened(state).attempt, slice_of(state, client_id), held
     )
 
 
@@ -140,6 +141,10 @@ def returns(client_id: str) -> NoteSilence:
 
 def evicts(client_id: str) -> Evict:
     return Evict(client_id, "sends noise")
+
+
+def revokes(client_id: str) -> Revoke:
+    return Revoke(client_id, "taken back")
 
 
 def tick(seconds: float) -> At:

@@ -148,6 +148,19 @@ def test_an_example_is_a_whole_settings_file(path: Path) -> None:
     load_settings(role, path, environ={})
 
 
+@pytest.mark.parametrize("name", ["federation.toml", "worker.toml"])
+def test_the_page_to_follow_shows_whole_settings_files(name: str) -> None:
+    page = (ROOT / "docs" / "try-it.md").read_text(encoding="utf-8")
+    (shown,) = (content for _, _, content in blocks_of(page) if content.startswith(f"# {name}\n"))
+    settings = ROLES[name][0].model_validate(tomllib.loads(shown))
+    if isinstance(settings, CoordinatorConfig):
+        assert settings.server.identity is not None
+        assert settings.adapter.spec == Path("spec.json"), "what the page lets `raflora spec` write"
+    # Every file that the settings name is one that a command of the page writes or names.
+    for path in re.findall(r'"((?:fed|example)/[^"]+)"', shown):
+        assert f"{path.partition('/')[0]}" in page.partition("```toml")[0]
+
+
 def test_generated_pages_are_current() -> None:
     command = [sys.executable, "docs/generate.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)

@@ -4,7 +4,6 @@ The key is made here and never leaves. Nothing here opens a connection; worker/e
 """
 
 import ssl
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from common.failpoints import reach
 from common.identity import Role, Subject
 from common.identity_folder import ADDRESS_FILE, AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE, IdentityFolder
 from common.join_token import JoinToken, parse_join_token
+from common.moments import moment
 from worker.config import CoordinatorAddress
 from worker.messages import printable
 
@@ -94,6 +94,14 @@ def key_in(folder: IdentityFolder) -> bytes:
         private_key(key)
     except NotAuthenticated as error:
         raise ConfigError(f"{path}: {error}; delete {folder.path} and start with a new join token") from None
+    return key
+
+
+def another_key_in(folder: IdentityFolder) -> bytes:
+    """A new key in place of one that will be let in no more, durable; the certificate of the old one goes first."""
+    (folder.path / CERTIFICATE_FILE).unlink(missing_ok=True)
+    key = new_key()
+    folder.write(KEY_FILE, key)
     return key
 
 
@@ -195,14 +203,6 @@ def expired(certificate: Certificate, folder: IdentityFolder, now: float) -> Not
     return NotAuthenticated(
         f"the certificate of {certificate.subject} expired on {moment(certificate.not_after)} (this machine's clock: "
         f"{moment(now)}), and only a valid one can be renewed. Ask the operator for a new join token "
-        f"(`raflora site add {site} --again`), put it into coordinator.join_token_file and start again; "
-        f"{folder.path} may stay as it is"
+        f"(`raflora site add {site} --again --folder FOLDER`), put it into coordinator.join_token_file and start "
+        f"again; {folder.path} may stay as it is"
     )
-
-
-def moment(seconds: float) -> str:
-    """Unix seconds for people: 2026-11-23 04:05 UTC."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
-    except (OverflowError, ValueError, OSError):
-        return "a time beyond all calendars"

@@ -296,8 +296,11 @@ class CoordinatorClient:
     async def _meaning_of(self, error: grpc.aio.AioRpcError, line: _Line) -> RafloraError:
         trailing = {key: value for key, value in error.trailing_metadata() or () if isinstance(value, str)}
         meant = meaning_of(error.code().name, error.details() or "no details", trailing, self.address)
-        if line.tls is not None and isinstance(meant, Unavailable) and REASON_KEY not in trailing:
-            # gRPC says little about certificates, and nothing about one of ours that the other side does not like.
+        if REASON_KEY in trailing or not isinstance(meant, Unavailable):
+            return meant
+        # gRPC says little about certificates, and nothing about one of ours that the other side does not like. In the
+        # clear only a connection that was closed is worth a look: the other side may want TLS.
+        if line.tls is not None or str(meant).endswith(("connection closed", "connection reset")):
             found = await asyncio.to_thread(probe, self.address, line.tls, _PROBE_SECONDS)
             if found.failed in {Step.TLS, Step.HTTP2}:
                 return Unavailable(f"coordinator {self.address} cannot be reached: {found.cause}")

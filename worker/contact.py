@@ -50,6 +50,7 @@ class Contact:
         self._clock = clock
         self._lost_since: float | None = None
         self._said_at = 0.0
+        self._why = ""
 
     def made(self) -> None:
         """The coordinator has answered."""
@@ -60,13 +61,12 @@ class Contact:
 
     def lost(self, error: RafloraError) -> None:
         """It has not: says so at once, and then every so often."""
-        now = self._clock.now()
+        self._why = str(error)
         if self._lost_since is None:
-            self._lost_since = now
-        elif now - self._said_at < REMIND_SECONDS:
+            self._lost_since = self._clock.now()
+        elif self._until_reminder() > 0:
             return
-        self._said_at = now
-        log.warning(f"{error}; trying again")
+        self._remind()
 
     async def insist(self, operation: Callable[[], Awaitable[Answer]]) -> Answer:
         """The operation's answer, however long it takes.
@@ -77,7 +77,7 @@ class Contact:
         failures = 0
         while True:
             try:
-                answer = await operation()
+                answer = await (operation() if self._lost_since is None else self._reminding(operation))
             except RafloraError as error:
                 if not may_pass(error):
                     self.made()
@@ -90,8 +90,31 @@ class Contact:
             await self.pause(failures)
 
     async def pause(self, failures: int) -> None:
-        """Waits before the next attempt, longer after more failures."""
-        await self._clock.sleep(pause_seconds(failures, self._clock.chance()))
+        """Waits before the next attempt, longer after more failures; the log is not silent meanwhile."""
+        left = pause_seconds(failures, self._clock.chance())
+        while self._lost_since is not None and left > (until := max(0.0, self._until_reminder())):
+            await self._clock.sleep(until)
+            left -= until
+            self._remind()
+        await self._clock.sleep(left)
+
+    async def _reminding(self, operation: Callable[[], Awaitable[Answer]]) -> Answer:
+        """The operation's answer; one that nobody answers may take longer than the log should be silent."""
+        attempt = asyncio.ensure_future(operation())
+        try:
+            while not (await asyncio.wait({attempt}, timeout=REMIND_SECONDS))[0]:
+                self._remind()
+            return attempt.result()
+        finally:
+            attempt.cancel()
+            await asyncio.gather(attempt, return_exceptions=True)
+
+    def _until_reminder(self) -> float:
+        return self._said_at + REMIND_SECONDS - self._clock.now()
+
+    def _remind(self) -> None:
+        self._said_at = self._clock.now()
+        log.warning(f"{self._why}; trying again")
 
 
 def may_pass(error: RafloraError) -> bool:

@@ -5,7 +5,6 @@ Whatever is asked twice gives the same answer: the key is durable before the fir
 
 import asyncio
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import structlog
@@ -22,8 +21,10 @@ from common.errors import (
     Revoked,
     StorageFailed,
 )
+from common.file_mark import Mark, mark_of
 from common.identity_folder import IdentityFolder
 from common.join_token import JoinToken
+from common.moments import moment
 from common.version import software_version
 from worker import certificates
 from worker.client import CoordinatorClient, Credentials
@@ -70,6 +71,7 @@ async def admit(config: WorkerConfig, contact: Contact, clock: Clock, *, anew: b
             raise ConfigError(f"coordinator: a join token and {other} contradict each other; leave one out")
         return Admission(where, client_id_of(config.name))
     folder = certificates.identity_in(config.state_dir)
+    folder.sweep()
     if not folder.is_complete:
         if not has_token:
             return Admission(where, client_id_of(config.name))
@@ -84,8 +86,8 @@ async def admit(config: WorkerConfig, contact: Contact, clock: Clock, *, anew: b
     if now < certificate.not_before:
         log.warning(
             "this certificate is not valid yet: is this machine's clock right?",
-            valid_from=certificates.moment(certificate.not_before),
-            clock=certificates.moment(now),
+            valid_from=moment(certificate.not_before),
+            clock=moment(now),
         )
     return _admission(config, folder, certificate)
 
@@ -144,11 +146,11 @@ class Renewal:
             log.warning(
                 "the certificate is not renewed yet; trying again",
                 why=str(error),
-                expires=certificates.moment(certificate.not_after),
+                expires=moment(certificate.not_after),
             )
             return None
         self._contact.made()
-        log.info("certificate renewed", expires=certificates.moment(renewed.not_after))
+        log.info("certificate renewed", expires=moment(renewed.not_after))
         return renewed
 
 
@@ -194,7 +196,13 @@ async def _come_in(config: WorkerConfig, folder: IdentityFolder, contact: Contac
         join_token=certificates.pem_of(token),
     )
     try:
-        issued = await contact.insist(lambda: client.enrol(request, name))
+        try:
+            issued = await contact.insist(lambda: client.enrol(request, name))
+        except Revoked:
+            # A key that went with its site does not return, and the token may be of a site that was let in again.
+            key = await asyncio.to_thread(certificates.another_key_in, folder)
+            another = certificates.request_for(key, name)
+            issued = await contact.insist(lambda: client.enrol(another, name))
     except ProtocolTooOld:
         raise BadJoinToken(f"{address} issues no certificates: is it the coordinator that the token is for?") from None
     finally:
@@ -202,7 +210,7 @@ async def _come_in(config: WorkerConfig, folder: IdentityFolder, contact: Contac
     trusted = token.authority.encode()
     await asyncio.to_thread(certificates.keep_address, folder, address)
     certificate = await asyncio.to_thread(certificates.keep, folder, issued, key, trusted)
-    log.info("came in", who=str(certificate.subject), expires=certificates.moment(certificate.not_after))
+    log.info("came in", who=str(certificate.subject), expires=moment(certificate.not_after))
     return _admission(config, folder, certificate)
 
 
@@ -227,9 +235,9 @@ def _check_token(token: JoinToken, now: float) -> None:
         raise BadJoinToken(f"the join token of site {token.site}: {error}") from None
     if now >= certificate.not_after:
         raise BadJoinToken(
-            f"the join token of site {token.site} expired on {certificates.moment(certificate.not_after)} (this "
-            f"machine's clock: {certificates.moment(now)}); the operator can make a new one: "
-            f"raflora site add {token.site} --again"
+            f"the join token of site {token.site} expired on {moment(certificate.not_after)} (this "
+            f"machine's clock: {moment(now)}); the operator can make a new one: "
+            f"raflora site add {token.site} --again --folder FOLDER"
         )
 
 
@@ -256,13 +264,5 @@ def _due_at(certificate: Certificate, spread: float) -> float:
     return certificate.not_after - third_seconds * (1 - spread)
 
 
-def _marks(tls: Tls) -> tuple[tuple[int, int, int], ...]:
-    return tuple(_mark(path) for path in (tls.ca_file, tls.certificate_file, tls.key_file) if path is not None)
-
-
-def _mark(path: Path) -> tuple[int, int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return (0, 0, 0)
-    return (found.st_mtime_ns, found.st_size, found.st_ino)
+def _marks(tls: Tls) -> tuple[Mark, ...]:
+    return tuple(mark_of(path) for path in (tls.ca_file, tls.certificate_file, tls.key_file) if path is not None)

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from enum import Enum
 
 from common.adapter import AdapterSpec
+from common.plain import plain
 from worker.trainer_protocol import Plan
 
 MAX_TEXT_CHARACTERS = 1000  # of anything that the coordinator says and a person may read
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def printable(text: str, longest: int = MAX_TEXT_CHARACTERS) -> str:
-    """The text without anything that a terminal obeys or a log takes for a new line, cut to so many characters."""
-    clean = "".join(char if char.isprintable() else _REPLACEMENT for char in text[:longest])
-    return clean if len(text) <= longest else f"{clean}..."
+    """As common.plain has it, of what the coordinator says."""
+    return plain(text, longest)
 
 
 class TaskKind(Enum):

@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 
 from common.channel import Pem, Tls
 from common.errors import ConfigError, NotAuthenticated
-from worker.certificates import Description, describe, moment
+from common.moments import moment
+from worker.certificates import Description, describe
 
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2's, with empty settings
 _SETTINGS_FRAME = 4
@@ -129,8 +130,9 @@ def _over_tls(connection: socket.socket, host: str, port: int, how: _Tls) -> tup
 
 
 _CLOSED = "closed the connection"
-_THEY_SPEAK_TLS = (
-    "it speaks TLS, but this side speaks in the clear; show a join token, an identity or certificate files"
+THEY_SPEAK_TLS = (
+    "it speaks TLS, but this side speaks in the clear: set coordinator.join_token_file (the operator has the token), "
+    "or [coordinator.tls]; a person says --identity FOLDER"
 )
 
 
@@ -138,7 +140,7 @@ def _in_the_clear(connection: socket.socket, host: str, port: int, timeout_secon
     failed, cause = _hello(connection, "in the clear")
     # A gRPC server with TLS does not complain about a hello in the clear; it closes.
     if cause.endswith(_CLOSED) and _shown(host, port, timeout_seconds) is not None:
-        return failed, _THEY_SPEAK_TLS
+        return failed, THEY_SPEAK_TLS
     return failed, cause
 
 
@@ -158,7 +160,7 @@ def _hello(connection: socket.socket, how: str) -> tuple[Step, str]:
     if answer.startswith(b"HTTP/1"):
         return Step.HTTP2, f"connected ({how}), but a web server answers (HTTP/1), not a coordinator"
     if answer[0] in _TLS_RECORDS and how != "TLS":
-        return Step.HTTP2, _THEY_SPEAK_TLS
+        return Step.HTTP2, THEY_SPEAK_TLS
     return Step.HTTP2, f"connected ({how}), but what answers is no gRPC server"
 
 

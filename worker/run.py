@@ -12,6 +12,7 @@ from common.logs import set_up_logs
 from common.version import software_version
 from worker.agent import Agent
 from worker.assignment import Means
+from worker.certificates import identity_in
 from worker.client import CoordinatorClient, Credentials
 from worker.config import WorkerConfig
 from worker.contact import Clock, Contact
@@ -28,8 +29,10 @@ async def run_worker(config: WorkerConfig) -> None:
 
     Raises the errors of common.errors that end a worker; the command line turns them into an exit status.
     """
-    client_id = client_id_of(config.name)
-    set_up_logs(config.log_format, config.log_level, client=client_id)
+    # A worker with a certificate learns its name when it comes in; until then its lines have none.
+    has_name = config.coordinator.tls is not None or config.coordinator.insecure or not _may_come_in(config)
+    named = {"client": client_id_of(config.name)} if has_name else {}
+    set_up_logs(config.log_format, config.log_level, **named)
     with holding(config.state_dir):
         await work(config)
 
@@ -50,6 +53,11 @@ async def work(config: WorkerConfig, trainer_command: Sequence[str] = DEFAULT_CO
             await _work_as(admission, config, trainer_command, clock)
     except _Terminated:
         log.info("terminated")
+
+
+def _may_come_in(config: WorkerConfig) -> bool:
+    where = config.coordinator
+    return bool(where.join_token or where.join_token_file) or identity_in(config.state_dir).is_complete
 
 
 class _Terminated(Exception):

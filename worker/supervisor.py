@@ -18,6 +18,7 @@ from typing import TypeVar
 import structlog
 
 from common.errors import RafloraError
+from common.settings import environment_with
 from worker.trainer_protocol import (
     MAX_LINE_BYTES,
     Answer,
@@ -208,6 +209,7 @@ async def _spawn(command: Sequence[str]) -> _Process:
         stderr=asyncio.subprocess.PIPE,
         limit=MAX_LINE_BYTES,
         start_new_session=True,
+        env=environment_with(),  # without the join token: the trainer runs code of the model's libraries
     )
     if process.stdin is None or process.stdout is None or process.stderr is None:
         raise RuntimeError("three pipes were asked for")

@@ -31,6 +31,9 @@ def forecast_collapse(census: Sequence[tuple[int, int]], cohort: int = 0) -> Col
         return CollapseForecast(0, 0, 1.0, 0.0, "no clients yet: nothing to forecast")
     ranks = [rank for rank, _ in census]
     smallest, largest = min(ranks), max(ranks)
+    if len(ranks) == 1:
+        sentence = f"one client so far, of rank {smallest}: nothing to forecast"
+        return CollapseForecast(smallest, largest, 1.0, 0.0, sentence)
     if smallest == largest:
         sentence = f"all clients have rank {smallest}: no rank collapse to expect"
         return CollapseForecast(smallest, largest, 1.0, 0.0, sentence)

@@ -56,6 +56,14 @@ class MembershipChanged:
 
 
 @dataclass(frozen=True)
+class ClientRevoked:
+    """The operator took a client's identity back: it has left, and the open round is without it."""
+
+    client_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class RankSet:
     """An operator granted a rank."""
 
@@ -167,6 +175,7 @@ Event: TypeAlias = (
     | RulesChanged
     | ClientJoined
     | MembershipChanged
+    | ClientRevoked
     | RankSet
     | RoundOpened
     | TaskClaimed
@@ -200,6 +209,9 @@ def evolve(state: State, event: Event) -> State:  # noqa: C901, PLR0912 - one br
             return _with_client(state, client)
         case MembershipChanged():
             return _membership_changed(state, event)
+        case ClientRevoked(client_id, reason):
+            client = replace(state.clients[client_id], membership=Membership.LEFT, last_failure=reason)
+            return _without_part(_with_client(state, client), client_id)
         case RankSet(client_id, rank):
             return _with_client(state, replace(state.clients[client_id], rank=rank, rank_is_set=True))
         case RoundOpened():
@@ -264,11 +276,15 @@ def _membership_changed(state: State, event: MembershipChanged) -> State:
     client = state.clients[event.client_id]
     failure = event.reason if event.membership is Membership.EVICTED else client.last_failure
     state = _with_client(state, replace(client, membership=event.membership, last_failure=failure))
-    is_dropped = event.membership is Membership.EVICTED and state.phase is not Phase.AGGREGATING
-    if is_dropped and state.open is not None:
-        kept = tuple(a for a in state.open.assignments if a.client_id != event.client_id)
-        state = replace(state, open=replace(state.open, assignments=kept))
-    return state
+    return _without_part(state, event.client_id) if event.membership is Membership.EVICTED else state
+
+
+def _without_part(state: State, client_id: str) -> State:
+    """The open round without this client; as it is if its inputs are frozen."""
+    if state.open is None or state.phase is Phase.AGGREGATING:
+        return state
+    kept = tuple(a for a in state.open.assignments if a.client_id != client_id)
+    return replace(state, open=replace(state.open, assignments=kept))
 
 
 def _opened(state: State, event: RoundOpened) -> State:

@@ -1,6 +1,7 @@
 """Why nothing happens, in one sentence, for people."""
 
 from coordinator.federation.due import awaited
+from coordinator.federation.requests import DIVERGED
 from coordinator.federation.state import Kind, OpenRound, Phase, State
 
 
@@ -21,16 +22,19 @@ def _between_rounds(state: State) -> str:
     if state.is_paused:
         why = f" because {state.pause_reason}" if state.pause_reason else ""
         what = f"the evaluation of round {state.round}" if state.is_evaluation_due else f"round {state.round + 1}"
-        return f"paused before {what}{why}; `raflora resume` goes on"
+        # Resumed after this, it would only come to the same end again.
+        advice = "" if state.pause_reason.startswith(DIVERGED) else "; `raflora resume` goes on"
+        return f"paused before {what}{why}{advice}"
     here, needed = len(state.active_clients), state.known_rules.min_clients
     given_up = f"; round {state.round + 1} was given up: {state.last_abandoned}" if state.last_abandoned else ""
     return f"waiting for clients: {here} of {needed} are here{given_up}"
 
 
 def _in_round(state: State, opened: OpenRound, now: float) -> str:
-    done = sum(a.is_done for a in opened.assignments)
     total = len(opened.assignments)
     left = max(0.0, opened.deadline_at - now)
+    undone = [a for a in opened.assignments if not a.is_done]
+    done = total - len(undone)
     missing = [a.client_id for a in awaited(state, opened)]
     names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     waiting = f"; waiting for {names}" if missing else ""
@@ -38,11 +42,7 @@ def _in_round(state: State, opened: OpenRound, now: float) -> str:
         return f"evaluating round {opened.number}: {done} of {total} clients, at most {left:.0f} s more{waiting}"
     quorum = state.known_rules.quorum_of(total)
     extended = " (extended once)" if opened.is_extended else ""
-    absent = [a.client_id for a in opened.assignments if not a.is_done and a.is_failed]
-    absent += [
-        a.client_id
-        for a in opened.assignments
-        if not a.is_done and not a.is_failed and not state.clients[a.client_id].is_active
-    ]
+    absent = [a.client_id for a in undone if a.is_failed]
+    absent += [a.client_id for a in undone if not a.is_failed and not state.clients[a.client_id].is_active]
     lost = f"; lost or failed: {', '.join(absent[:3])}" if absent else ""
     return f"{done} of {total} updates, quorum {quorum}, deadline in {left:.0f} s{extended}{waiting}{lost}"

@@ -1,6 +1,6 @@
 """What somebody may ask of a federation; step.py decides what becomes of it.
 
-Workers ask the first six, operators the next six, the service itself the rest.
+Workers ask the first six, operators the next seven, the service itself the rest.
 """
 
 import re
@@ -53,6 +53,7 @@ class Claim:
     number: int
     attempt: int
     slice_digest: str
+    held_token: int = 0  # the lease that the very same process was given before; 0: none, or nobody knows
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,9 @@ class CloseRound:
     number: int
 
 
+DIVERGED = "the merged adapter has diverged"  # how the reason of a round begins that no further attempt mends
+
+
 @dataclass(frozen=True)
 class AbortRound:
     """Throw the open round's results away."""
@@ -116,6 +120,14 @@ class AbortRound:
 @dataclass(frozen=True)
 class Evict:
     """Shut a client out."""
+
+    client_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Revoke:
+    """Take a client's part out of the open round; it is gone until it is let in again, and joins again."""
 
     client_id: str
     reason: str
@@ -180,6 +192,7 @@ Request: TypeAlias = (
     | CloseRound
     | AbortRound
     | Evict
+    | Revoke
     | SetRank
     | Found
     | ChangeRules

@@ -4,9 +4,10 @@ Times are seconds of the federation's own clock: it counts while a coordinator r
 so a restart never eats a deadline.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from math import ceil
 
 
@@ -149,6 +150,29 @@ class Assignment:
 
 
 @dataclass(frozen=True)
+class Tally:
+    """How many of a round's parts have come to what."""
+
+    updates: int  # accepted
+    outstanding: int  # neither done nor failed: a lost client may come back before the deadline, a failed one will not
+
+    @classmethod
+    def of(cls, assignments: Iterable[Assignment]) -> "Tally":
+        """Counted one by one."""
+        updates = outstanding = 0
+        for assignment in assignments:
+            updates += assignment.update is not None
+            outstanding += not assignment.is_done and not assignment.is_failed
+        return cls(updates, outstanding)
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(self.updates + other.updates, self.outstanding + other.outstanding)
+
+    def __sub__(self, other: "Tally") -> "Tally":
+        return Tally(self.updates - other.updates, self.outstanding - other.outstanding)
+
+
+@dataclass(frozen=True)
 class OpenRound:
     """The round in which tasks are handed out; its cohort, ranks and order never change."""
 
@@ -162,14 +186,29 @@ class OpenRound:
 
     def assignment_of(self, client_id: str) -> Assignment | None:
         """The client's part, if it has one."""
-        return next((a for a in self.assignments if a.client_id == client_id), None)
+        place = self._places.get(client_id)
+        return None if place is None else self.assignments[place]
 
     def with_assignment(self, assignment: Assignment) -> "OpenRound":
         """The same round with one part replaced."""
-        changed = tuple(assignment if a.client_id == assignment.client_id else a for a in self.assignments)
-        return replace(self, assignments=changed)
+        place = self._places[assignment.client_id]
+        before, after = self.assignments[:place], self.assignments[place + 1 :]
+        changed = replace(self, assignments=(*before, assignment, *after))
+        # One part differs: to count the others again with every request would make a round quadratic in its cohort.
+        replaced = Tally.of([self.assignments[place]])
+        changed.__dict__.update(_places=self._places, tally=self.tally - replaced + Tally.of([assignment]))
+        return changed
 
-    @property
+    @cached_property
+    def tally(self) -> Tally:
+        """How far the round is."""
+        return Tally.of(self.assignments)
+
+    @cached_property
+    def _places(self) -> Mapping[str, int]:
+        return {assignment.client_id: place for place, assignment in enumerate(self.assignments)}
+
+    @cached_property
     def contributions(self) -> "tuple[Contribution, ...]":
         """The accepted updates, ordered by client id."""
         return tuple(Contribution(a.client_id, a.rank, a.update) for a in self.assignments if a.update is not None)
@@ -225,7 +264,7 @@ class State:
         assert self.rules is not None, "the federation is not founded yet"  # noqa: S101
         return self.rules
 
-    @property
+    @cached_property
     def active_clients(self) -> tuple[Client, ...]:
         """By client id."""
         return tuple(c for _, c in sorted(self.clients.items()) if c.is_active)

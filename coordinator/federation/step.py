@@ -23,6 +23,7 @@ from coordinator.federation.due import due
 from coordinator.federation.events import (
     AdapterPublished,
     ClientJoined,
+    ClientRevoked,
     EvaluationAccepted,
     EvaluationClosed,
     Event,
@@ -55,6 +56,7 @@ from coordinator.federation.requests import (
     Publish,
     Request,
     Resume,
+    Revoke,
     SetRank,
     SubmitEvaluation,
     SubmitUpdate,
@@ -151,6 +153,9 @@ def _claim(state: State, request: Claim, _now: float) -> _Decision:
         return Outcome.STALE, ()
     if state.phase is Phase.AGGREGATING:
         return Outcome.ROUND_CLOSED, ()
+    is_held = 0 < request.held_token == assignment.lease_token
+    if is_held and request.slice_digest == assignment.slice_digest:
+        return _NOTHING  # who asks again holds it already: there is nobody to keep out, and nothing to record
     token = state.last_lease_token + 1
     return Outcome.ACCEPTED, (TaskClaimed(request.client_id, token, request.slice_digest),)
 
@@ -282,12 +287,30 @@ def _evict(state: State, request: Evict, _now: float) -> _Decision:
     if client.membership is Membership.EVICTED:
         return _NOTHING
     evicted = MembershipChanged(request.client_id, Membership.EVICTED, request.reason)
+    return Outcome.ACCEPTED, (evicted, *_unmerged(state, request.client_id, "was evicted"))
+
+
+def _revoke(state: State, request: Revoke, _now: float) -> _Decision:
+    client, opened = _known(state, request.client_id), state.open
+    if client.membership is Membership.EVICTED:
+        return _NOTHING
+    abandoned = _unmerged(state, request.client_id, "was revoked")
+    is_frozen = opened is None or state.phase is Phase.AGGREGATING
+    has_part = opened is not None and not is_frozen and opened.assignment_of(request.client_id) is not None
+    if client.membership is Membership.LEFT and not has_part and not abandoned:
+        return _NOTHING
+    return Outcome.ACCEPTED, (ClientRevoked(request.client_id, request.reason), *abandoned)
+
+
+def _unmerged(state: State, client_id: str, why: str) -> tuple[RoundAbandoned, ...]:
+    """The end of a closed round that holds an update of this client.
+
+    It must not be merged, and the frozen list must not change: the round is opened again.
+    """
     opened = state.open
-    if opened is not None and state.phase is Phase.AGGREGATING and _contributed(opened, request.client_id):
-        # Its update must not be merged, and the frozen list must not change: the round is opened again.
-        is_pausing = opened.attempt % state.known_rules.max_attempts == 0
-        return Outcome.ACCEPTED, (evicted, RoundAbandoned(f"{request.client_id} was evicted", is_pausing))
-    return Outcome.ACCEPTED, (evicted,)
+    if opened is None or state.phase is not Phase.AGGREGATING or not _contributed(opened, client_id):
+        return ()
+    return (RoundAbandoned(f"{client_id} {why}", opened.attempt % state.known_rules.max_attempts == 0),)
 
 
 def _contributed(opened: OpenRound, client_id: str) -> bool:
@@ -361,6 +384,7 @@ _DECISIONS: Mapping[type[Request], Callable[[State, Any, float], _Decision]] = {
     CloseRound: _close_round,
     AbortRound: _abort_round,
     Evict: _evict,
+    Revoke: _revoke,
     SetRank: _set_rank,
     Found: _found,
     ChangeRules: _change_rules,

@@ -17,11 +17,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from common.certificates import MALFORMED, new_key, private_key
 from common.errors import ConfigError, NotAuthenticated
 from common.identity import Role, Subject
+from common.identity_folder import AUTHORITY_FILE
+from common.moments import DAY_SECONDS
 
-DAY_SECONDS = 86_400.0
 AUTHORITY_SECONDS = 3650 * DAY_SECONDS
 BACKDATED_SECONDS = 600.0  # a site whose clock is late must not find its certificate "not yet valid"
-CERTIFICATE_FILE = "ca.pem"
+CERTIFICATE_FILE = AUTHORITY_FILE
 KEY_FILE = "ca.key"
 _MAX_COMMON_NAME = 64
 

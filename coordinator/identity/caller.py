@@ -17,6 +17,7 @@ class Caller:
 
 
 _present: ContextVar[Caller | None] = ContextVar("caller", default=None)
+_shown: ContextVar[str] = ContextVar("shown_subject", default="")
 
 
 def present_caller() -> Caller | None:
@@ -27,6 +28,16 @@ def present_caller() -> Caller | None:
 def set_present_caller(caller: Caller) -> None:
     """For the rest of this call."""
     _present.set(caller)
+
+
+def shown_subject() -> str:
+    """Whom the present call's certificate names, let in or not; "" without one."""
+    return _shown.get()
+
+
+def set_shown_subject(subject: str) -> None:
+    """For the rest of this call."""
+    _shown.set(subject)
 
 
 def own_client_id(asked: str) -> str:

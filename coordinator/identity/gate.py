@@ -7,7 +7,7 @@ from common.certificates import Certificate, read_certificate
 from common.errors import BadJoinToken, NotAuthenticated
 from common.identity import Role
 from coordinator.identity.access import authorise
-from coordinator.identity.caller import Caller
+from coordinator.identity.caller import Caller, set_shown_subject
 from coordinator.identity.registry import Registry, organisation_of
 
 _MAX_REMEMBERED = 4096
@@ -25,6 +25,7 @@ class Gate:
     def admit(self, pem: bytes, method: str) -> Caller:
         """Who calls. Raises NotAuthenticated, NotAllowed, Revoked or BadJoinToken, each naming the subject."""
         certificate = _read(pem)
+        set_shown_subject(str(certificate.subject))
         self.check(certificate)
         authorise(certificate.subject, method)
         if self._registry is None and certificate.subject.role is Role.WORKER:
@@ -41,6 +42,10 @@ class Gate:
             raise NotAuthenticated(f"{subject}: the certificate is not valid yet; is this clock right?")
         if self._registry is not None:
             self._registry.check(certificate)
+
+    def knows(self, client_id: str) -> bool:
+        """Whether the operator has not taken this client's identity back. Raises CorruptStore or TooBusy."""
+        return self._registry is None or self._registry.knows(client_id)
 
     def organisation_of(self, client_id: str) -> str:
         """Whose client this is, for quotas; its own where nobody said."""

@@ -6,6 +6,7 @@ from common.certificates import Certificate, digest_of_key, key_of_request, new_
 from common.errors import NotAllowed
 from common.identity import Role, Subject
 from common.join_token import JoinToken
+from common.moments import DAY_SECONDS
 from coordinator.identity.authority import Authority
 from coordinator.identity.registry import Person, Registry, Site, Token, check_name, check_site_name, serial_of
 
@@ -41,7 +42,7 @@ class Issuer:
         """A site with a new join token for so many workers. Raises ConfigError as Registry.add_site does."""
         check_site_name(site)
         key = new_key()
-        seconds = days * 86_400.0
+        seconds = days * DAY_SECONDS
         subject = Subject(Role.JOIN, site, site)
         pem = self.authority.issue(subject, private_key(key).public_key(), seconds)
         certificate = read_certificate(pem)
@@ -51,10 +52,13 @@ class Issuer:
         added = self.registry.add_site(site, token, again=again)
         return added, JoinToken(address, site, self.authority.certificate.decode(), pem.decode(), key.decode())
 
-    def give_access(self, name: str, role: Role, days: float, *, again: bool) -> tuple[bytes, bytes]:
-        """An observer's or operator's certificate and key, PEM. Raises ConfigError as Registry.add_person does."""
+    def give_access(self, name: str, role: Role, days: float, *, again: bool, key: bytes = b"") -> tuple[bytes, bytes]:
+        """An observer's or operator's certificate and key, PEM; a new key unless one is given.
+
+        Raises ConfigError as Registry.add_person does.
+        """
         check_name(name)
-        key = new_key()
-        pem = self.authority.issue(Subject(role, name, name), private_key(key).public_key(), days * 86_400.0)
+        key = key or new_key()
+        pem = self.authority.issue(Subject(role, name, name), private_key(key).public_key(), days * DAY_SECONDS)
         self.registry.add_person(Person(name, role, read_certificate(pem).key_digest), again=again)
         return pem, key

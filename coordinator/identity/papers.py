@@ -2,19 +2,18 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import structlog
 
 from common.certificates import Certificate, check_pair, new_key, private_key, read_certificate
 from common.channel import Pem, Tls
 from common.errors import ConfigError, NotAuthenticated
+from common.file_mark import Mark, mark_of
 from common.identity import Role, Subject
 from coordinator.identity.authority import Authority
 
 log = structlog.get_logger()
 Papers = Callable[[], Pem]
-_Mark = tuple[tuple[int, int, int], ...]
 _COORDINATOR = Subject(Role.COORDINATOR, "coordinator", "coordinator")
 
 
@@ -69,16 +68,8 @@ class WatchedPapers:
                     log.error("new certificate files are not used", why=str(error))
             return self._pem
 
-    def _marks(self) -> _Mark:
-        return tuple(_mark(path) for path in (self._tls.ca_file, self._tls.certificate_file, self._tls.key_file))
-
-
-def _mark(path: Path | None) -> tuple[int, int, int]:
-    try:
-        found = path.stat() if path else None
-    except OSError:
-        found = None
-    return (found.st_mtime_ns, found.st_size, found.st_ino) if found else (0, 0, 0)
+    def _marks(self) -> tuple[Mark, ...]:
+        return tuple(mark_of(path) for path in (self._tls.ca_file, self._tls.certificate_file, self._tls.key_file))
 
 
 def _checked(tls: Tls) -> Pem:

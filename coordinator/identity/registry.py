@@ -19,10 +19,14 @@ from typing import Any, Generic, TypeVar
 from common.certificates import Certificate
 from common.errors import BadJoinToken, ConfigError, CorruptStore, IdentityConflict, InvalidRequest, Revoked, TooBusy
 from common.failpoints import reach
+from common.file_mark import NO_FILE, Mark, mark_of
 from common.identity import Role, Subject, is_name
-from common.transfer import write_durably
+from common.moments import DAY_SECONDS
+from common.transfer import shortage_of, sweep_parts, write_durably
+from coordinator.config import MAX_CERTIFICATE_DAYS
 
 MAX_WORKERS = 10_000  # of one token
+MAX_TAKEN_BACK = 2 * MAX_WORKERS  # of one site that are remembered, the newest
 _LOCK_FILE = "registry.lock"
 _LOCK_SECONDS = 10.0  # it is held for milliseconds
 _PRIVATE = 0o600
@@ -52,6 +56,7 @@ class Site:
     token: Token
     keys: Mapping[str, str] = field(default_factory=dict)  # who may call: client id to key digest
     is_revoked: bool = False
+    taken_back: Mapping[str, float] = field(default_factory=dict)  # key digest to unix seconds: let in by no new token
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,9 @@ Entry = TypeVar("Entry", Site, Person)
 class Registry:
     """The files of one authority. Every method reads the disk; call the writing ones from a thread."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, now: Callable[[], float] = time.time) -> None:
         self._folder = folder
+        self._now = now
         self._sites = _Shelf(folder / "sites", _site_of)
         self._people = _Shelf(folder / "people", _person_of)
 
@@ -93,6 +99,11 @@ class Registry:
                 _check_key(certificate, person.key_digest if person and is_in else None)
             case Role.COORDINATOR:
                 _check_key(certificate, None)  # serves, never calls
+
+    def knows(self, client_id: str) -> bool:
+        """Whether somebody may call by this name: its site is not revoked and has let a key of it in."""
+        site = self._sites.read(organisation_of(client_id))
+        return site is not None and not site.is_revoked and client_id in site.keys
 
     def sites(self) -> list[Site]:
         """All, by name."""
@@ -123,28 +134,36 @@ class Registry:
             if known is not None and not known.is_revoked and not again:
                 raise ConfigError(
                     f"site {name} is known; --again gives it a new token in place of the old one and keeps its "
-                    f"workers, `raflora site revoke {name}` shuts them out"
+                    f"workers, `raflora site revoke {name} --folder FOLDER` shuts them out"
                 )
             keys = known.keys if known is not None and not known.is_revoked else {}
-            site = Site(name, token, keys)
+            site = Site(name, token, keys, taken_back=self._taken_back(known) if known is not None else {})
             self._sites.write(name, site)
             return site
 
     def add_person(self, person: Person, *, again: bool) -> None:
-        """Lets somebody in, with this key alone. Raises ConfigError if the name is in already, but for `again`."""
-        check_name(person.name)
+        """Lets somebody in, with this key alone. Raises ConfigError if the name is in already, but for `again`.
+
+        The same person with the same key again changes nothing.
+        """
         with self._locked():
-            known = self._people.read(person.name)
-            if known is not None and not known.is_revoked and not again:
-                raise ConfigError(f"{known.role} {known.name} is known; --again gives a new identity for the old one")
-            self._people.write(person.name, person)
+            if self._people.read(person.name) != person:
+                self.check_is_new(person.name, again=again)
+                self._people.write(person.name, person)
+
+    def check_is_new(self, name: str, *, again: bool) -> None:
+        """Raises ConfigError if a person of this name is in already, but for `again`."""
+        check_name(name)
+        known = self._people.read(name)
+        if known is not None and not known.is_revoked and not again:
+            raise ConfigError(f"{known.role} {known.name} is known; --again gives a new identity for the old one")
 
     def revoke_site(self, name: str) -> Site:
         """Takes back its token and the identities of all its workers. Raises ConfigError if nobody knows it."""
         with self._locked():
             known = self._sites.read(name)
             if known is None:
-                raise ConfigError(f"site {name[:100]!r} is not known; `raflora site list` shows them")
+                raise ConfigError(f"site {name[:100]!r} is not known; `raflora site list --folder FOLDER` shows them")
             revoked = replace(known, is_revoked=True)
             self._sites.write(name, revoked)
             return revoked
@@ -154,7 +173,7 @@ class Registry:
         with self._locked():
             known = self._people.read(name)
             if known is None:
-                raise ConfigError(f"{name[:100]!r} is not known; `raflora access list` shows everybody")
+                raise ConfigError(f"{name[:100]!r} is not known; `raflora access list --folder FOLDER` shows everybody")
             revoked = replace(known, is_revoked=True)
             self._people.write(name, revoked)
             return revoked
@@ -169,11 +188,16 @@ class Registry:
             admitted = {key: client_id for client_id, key in site.token.keys.items()}
             if key_digest in admitted:
                 return Subject(Role.WORKER, admitted[key_digest], site.name)
+            if key_digest in site.taken_back:
+                raise Revoked(
+                    f"this worker's key was taken back when site {site.name} was revoked; it takes a new one, "
+                    "which the worker makes by itself"
+                )
             client_id = _client_id(site, worker)
             if site.token.is_used_up:
                 raise BadJoinToken(
                     f"the join token of site {site.name} has let in its {site.token.workers} worker(s); "
-                    f"the operator can make a new one: raflora site add {site.name} --again"
+                    f"the operator can make a new one: raflora site add {site.name} --again --folder FOLDER"
                 )
             if client_id in site.token.keys:
                 raise IdentityConflict(
@@ -198,6 +222,15 @@ class Registry:
         if site.token.serial != serial_of(certificate):
             raise BadJoinToken(f"this join token of site {name} was replaced by a newer one")
         return site
+
+    def _taken_back(self, site: Site) -> Mapping[str, float]:
+        """The keys that must not return, each until no certificate of it can be good any more."""
+        now = self._now()
+        found = {key: until for key, until in site.taken_back.items() if until > now}
+        if site.is_revoked:
+            until = now + MAX_CERTIFICATE_DAYS * DAY_SECONDS
+            found |= dict.fromkeys([*site.keys.values(), *site.token.keys.values()], until)
+        return dict(list(found.items())[-MAX_TAKEN_BACK:])
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -227,18 +260,17 @@ class _Shelf(Generic[Entry]):
     def __init__(self, folder: Path, parse: Callable[[dict[str, Any]], Entry]) -> None:
         self._folder = folder
         self._parse: Callable[[dict[str, Any]], Entry] = parse
-        self._known: dict[str, tuple[tuple[int, int, int], Entry]] = {}
+        self._known: dict[str, tuple[Mark, Entry]] = {}
 
     def read(self, name: str) -> Entry | None:
-        """Raises CorruptStore if it cannot be read, so that nobody is let in by mistake."""
+        """Raises CorruptStore if it cannot be read, so that nobody is let in by mistake; TooBusy if not now."""
         if not is_name(name):
             return None
         path = self._path(name)
         try:
-            found = path.stat()
-            mark = (found.st_mtime_ns, found.st_size, found.st_ino)  # a new file has another inode at least
+            mark = mark_of(path)  # before its content: what changes in between is read again by the next call
             known = self._known.get(name)
-            if known is None or known[0] != mark:
+            if known is None or known[0] != mark or mark == NO_FILE:
                 entry: Entry = self._parse(json.loads(path.read_bytes()))
                 known = self._known[name] = (mark, entry)
             return known[1]
@@ -246,10 +278,13 @@ class _Shelf(Generic[Entry]):
             self._known.pop(name, None)
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
+            if shortage := shortage_of(error):
+                raise TooBusy(f"{path.name}: {shortage}; try again later") from None
             raise CorruptStore(f"{path}: cannot be read, so nobody is let in by it: {type(error).__name__}") from None
 
     def write(self, name: str, entry: Entry) -> None:
         self._folder.mkdir(mode=0o700, exist_ok=True)
+        sweep_parts(self._folder)  # of a writer that died: the lock is held, so nobody else writes
         content = json.dumps(asdict(entry), indent=1).encode() + b"\n"
         write_durably(self._path(name), content, mode=_PRIVATE)
 

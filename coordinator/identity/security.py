@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from common.channel import Tls, is_loopback
 from common.errors import ConfigError
+from common.moments import DAY_SECONDS
 from coordinator.config import IdentityConfig, ServerConfig, TlsConfig
-from coordinator.identity.authority import DAY_SECONDS, load_authority
+from coordinator.identity.authority import load_authority
 from coordinator.identity.gate import Gate
 from coordinator.identity.issuer import Issuer
 from coordinator.identity.papers import IssuedPapers, Papers, WatchedPapers

@@ -14,14 +14,17 @@ import grpc
 import grpc.aio
 
 from common.certificates import Certificate
-from common.errors import NotAuthenticated, RafloraError
-from coordinator.identity.caller import Caller, own_client_id, own_enrol_key, set_present_caller
+from common.errors import NotAuthenticated, RafloraError, TooBusy
+from coordinator.identity.caller import set_present_caller
 from coordinator.identity.gate import Gate
 from coordinator.servicers.interceptor import method_of
+from coordinator.servicers.places import MAX_CALLS, MAX_CALLS_IN_THE_CLEAR, Places
+from coordinator.servicers.requests import messages_in, only_message
 
 _CHECK_SECONDS = 1.0  # between two looks at the calls in progress
 _Handler: TypeAlias = Any  # grpc.RpcMethodHandler, which cannot be subscripted when this runs
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+_Read: TypeAlias = Callable[[_Context], Awaitable[Any]]  # what the method is given of what came
 
 
 @dataclass(eq=False)
@@ -34,10 +37,14 @@ class _Call:
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):
-    """Lets a call reach its method only if the gate knows its caller. `watch` must run beside the server."""
+    """Lets a call reach its method only if the gate knows its caller; without a gate everybody is let in.
 
-    def __init__(self, gate: Gate) -> None:
+    Nothing is taken from the wire or parsed before that. `watch` must run beside the server.
+    """
+
+    def __init__(self, gate: Gate | None) -> None:
         self._gate = gate
+        self._places = Places()
         self._calls: set[_Call] = set()
 
     async def watch(self) -> None:
@@ -50,7 +57,9 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         """One look at all of them."""
         for call in tuple(self._calls):
             try:
-                self._gate.check(call.certificate)
+                cast(Gate, self._gate).check(call.certificate)  # without one there are none
+            except TooBusy:
+                continue  # the registry cannot be read now
             except RafloraError as error:
                 if call.refusal is None:
                     call.refusal = error
@@ -65,35 +74,54 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        kind, inner = method_of(handler)
+        _, inner = method_of(handler)
         guard = self._guard_stream if inspect.isasyncgenfunction(inner) else self._guard
-        guarded = guard(inner, handler_call_details.method)
-        return kind(guarded, handler.request_deserializer, handler.response_serializer)
+        method, parse = handler_call_details.method, handler.request_deserializer
 
-    def _guard(self, inner: Any, method: str) -> Any:
-        async def guarded(request: Any, context: _Context) -> Any:
+        async def read(context: _Context) -> Any:
+            stream = handler.request_streaming
+            return messages_in(context, method, parse) if stream else await only_message(context, method, parse)
+
+        # A stream on the wire looks the same, and of it gRPC takes nothing before it is asked to.
+        of_stream, of_one = grpc.stream_stream_rpc_method_handler, grpc.stream_unary_rpc_method_handler
+        kind: Any = of_stream if handler.response_streaming else of_one
+        return kind(guard(inner, method, read), None, handler.response_serializer)
+
+    def _guard(self, inner: Any, method: str, read: _Read) -> Any:
+        async def guarded(_: object, context: _Context) -> Any:
             async with self._admitted(context, method):
-                return await inner(_in_the_callers_name(request), context)
+                return await inner(await read(context), context)
 
         return guarded
 
-    def _guard_stream(self, inner: Any, method: str) -> Any:
-        async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:
+    def _guard_stream(self, inner: Any, method: str, read: _Read) -> Any:
+        async def guarded(_: object, context: _Context) -> AsyncIterator[Any]:
             async with self._admitted(context, method):
-                async for response in inner(_in_the_callers_name(request), context):
+                async for response in inner(await read(context), context):
                     yield response
 
         return guarded
 
     @asynccontextmanager
-    async def _admitted(self, context: _Context, method: str) -> AsyncIterator[Caller]:
+    async def _admitted(self, context: _Context, method: str) -> AsyncIterator[None]:
+        if self._gate is None:
+            with self._places.one_for("in the clear", MAX_CALLS_IN_THE_CLEAR):
+                yield
+            return
         caller = self._gate.admit(_shown(context), method)
         set_present_caller(caller)
+        subject = caller.certificate.subject
+        with self._places.one_for(str(subject), MAX_CALLS[subject.role]):
+            async with self._ended_if_refused(caller.certificate):
+                yield
+
+    @asynccontextmanager
+    async def _ended_if_refused(self, certificate: Certificate) -> AsyncIterator[None]:
         task = cast("asyncio.Task[Any]", asyncio.current_task())  # a call is always served by a task
-        call = _Call(caller.certificate, task)
+        call = _Call(certificate, task)
         self._calls.add(call)
         try:
-            yield caller
+            yield
         except asyncio.CancelledError:
             if call.refusal is None or task.uncancel() > 0:
                 raise  # the caller hung up, or the server ends
@@ -108,13 +136,3 @@ def _shown(context: _Context) -> bytes:
     if not shown:
         raise NotAuthenticated("the caller showed no certificate")
     return bytes(shown[0])
-
-
-def _in_the_callers_name(request: Any) -> Any:
-    """The request with the client id of the certificate. A worker's only: an operator names clients of others."""
-    fields = getattr(getattr(request, "DESCRIPTOR", None), "fields_by_name", {})
-    if "client_id" in fields:
-        request.client_id = own_client_id(request.client_id)
-    if "enrol_key" in fields:
-        request.enrol_key = own_enrol_key(request.enrol_key)
-    return request

@@ -22,7 +22,6 @@ from coordinator.federation.state import Evaluation, Kind, Phase, Profile, Updat
 from coordinator.identity.caller import own_client_id, own_enrol_key, present_caller
 from coordinator.intake import MAX_METRICS
 from coordinator.service import MAX_FAILURE_CHARS, CoordinatorService, Progress, Task
-from coordinator.servicers.interceptor import message_of
 from coordinator.servicers.streams import read_chunks
 from coordinator.slices import BlobReference
 
@@ -72,6 +71,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
     async def Join(self, request: pb.JoinRequest, context: _Context) -> pb.JoinResponse:
         """A place, and the granted rank."""
         _agree(request.protocol, request.protocol)
+        spec = _spec_of(request.spec)  # at once: nobody else's turn comes while entries beyond the limit are here
         profile = Profile(
             max_rank=request.profile.max_rank,
             num_examples=request.profile.num_examples,
@@ -84,7 +84,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         if caller is not None and caller.is_registered:
             await self._service.make_way(request.client_id, request.enrol_key)
         client = await self._service.join(
-            request.client_id, request.enrol_key, profile, _spec_of(request.spec), request.base_model_digest
+            request.client_id, request.enrol_key, profile, spec, request.base_model_digest
         )
         manifest = self._service.foundation.known_manifest
         lease_ttl_seconds = self._service.config.rounds.lease_ttl_seconds
@@ -153,7 +153,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             who = (own_client_id(client_id), own_enrol_key(enrol_key), said["raflora-digest"])
         except (KeyError, ValueError) as error:
             raise InvalidRequest(f"upload: the call's metadata lacks or garbles {error}") from None
-        async with aclosing(_data_of(context)) as chunks:
+        async with aclosing(_data_of(request)) as chunks:
             committed = await self._service.intake.receive(*who, offset, chunks)
         reach("upload.answering")
         return pb.UploadAdapterResponse(committed_bytes=committed)
@@ -240,11 +240,10 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         )
 
 
-async def _data_of(context: _Context) -> AsyncGenerator[bytes, None]:
-    # Nothing is taken from the stream before the first chunk is wanted, and nothing of a chunk is kept while the next
-    # one is waited for: a thousand senders may fall silent. (gRPC's own iterator keeps the message.)
-    while (message := await context.read()) is not grpc.aio.EOF:
-        data = message_of(message).data
+async def _data_of(messages: AsyncIterator[pb.UploadAdapterRequest]) -> AsyncGenerator[bytes, None]:
+    # Nothing of a chunk is kept while the next one is waited for: a thousand senders may fall silent.
+    async for message in messages:
+        data = message.data
         del message
         yield data
         del data

@@ -1,7 +1,6 @@
 """The one place where errors become gRPC statuses: code, message and the stable reason in the trailing metadata."""
 
 import inspect
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
@@ -9,12 +8,10 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 import structlog
-from google.protobuf.message import DecodeError
 
 from common.channel import COMMITTED_BYTES_KEY, REASON_KEY
 from common.errors import (
     BadJoinToken,
-    InvalidRequest,
     NotAllowed,
     NotAuthenticated,
     RafloraError,
@@ -25,38 +22,17 @@ from common.errors import (
     WrongOffset,
 )
 from common.plain import plain
-from common.transfer import is_disk_full
+from common.transfer import shortage_of
+from coordinator.identity.caller import shown_subject
+from coordinator.quiet import Quiet
 
 log = structlog.get_logger()
 MAX_MESSAGE_CHARS = 600  # at most 12 bytes each as gRPC escapes them: under its 8 KiB of trailers
-_REPEATED = (NotAuthenticated, NotAllowed, Revoked, BadJoinToken)
-_QUIET_SECONDS = 60.0
-_MAX_SENTENCES = 1000
+_SHUT_OUT = (NotAuthenticated, NotAllowed, Revoked, BadJoinToken)
 _Handler: TypeAlias = Any  # grpc.RpcMethodHandler, which cannot be subscripted when this runs
 
 
-class Quiet:
-    """Counts what is said again within a while, for a bounded number of sentences."""
-
-    def __init__(self, seconds: float, most: int) -> None:
-        self._seconds = seconds
-        self._most = most
-        self._said: dict[str, tuple[float, int]] = {}  # when, and how often unsaid since; the oldest first
-
-    def unsaid(self, sentence: str, now: float) -> int:
-        """How often it was kept quiet since it was last said, if it is to be said now; else -1."""
-        at, count = self._said.get(sentence, (-math.inf, 0))
-        if now - at < self._seconds:
-            self._said[sentence] = (at, count + 1)
-            return -1
-        self._said.pop(sentence, None)
-        while len(self._said) >= self._most:
-            del self._said[next(iter(self._said))]
-        self._said[sentence] = (now, 0)
-        return count
-
-
-_quiet = Quiet(_QUIET_SECONDS, _MAX_SENTENCES)
+_quiet = Quiet()
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -80,8 +56,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         kind, inner = method_of(handler)
         # A method that streams its answers is a generator, or a coroutine that writes them to the context.
         guard = _guard_stream if inspect.isasyncgenfunction(inner) else _guard
-        guarded = guard(_refusing(inner, handler), handler_call_details.method, self._end_with)
-        return kind(guarded, _parsing(handler.request_deserializer), handler.response_serializer)
+        guarded = guard(inner, handler_call_details.method, self._end_with)
+        return kind(guarded, handler.request_deserializer, handler.response_serializer)
 
 
 def method_of(handler: _Handler) -> tuple[Any, Any]:
@@ -95,36 +71,6 @@ def method_of(handler: _Handler) -> tuple[Any, Any]:
             return grpc.stream_unary_rpc_method_handler, handler.stream_unary
         case _:
             return grpc.stream_stream_rpc_method_handler, handler.stream_stream
-
-
-def _parsing(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Parses a message; bytes that are none become an error to raise, where gRPC would say INTERNAL and no reason."""
-
-    def parsed(raw: bytes) -> Any:
-        try:
-            return parse(raw)
-        except DecodeError as error:
-            return InvalidRequest(f"{len(raw)} bytes that are not the message of this call: {error}")
-
-    return parsed
-
-
-def _refusing(inner: Any, handler: _Handler) -> Any:
-    """The method behind a handler; raises what `_parsing` found. Who reads from the context must look for it too."""
-
-    async def messages_in(stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        async for message in stream:
-            yield message_of(message)
-
-    read = messages_in if handler.request_streaming else message_of
-    return lambda request, context: inner(read(request), context)
-
-
-def message_of(read: Any) -> Any:
-    """What gRPC read, if it is a message. Raises InvalidRequest if it was none."""
-    if isinstance(read, InvalidRequest):
-        raise read
-    return read
 
 
 def _guard(inner: Any, method: str, end_with: Callable[[StorageFailed], None]) -> Any:
@@ -162,19 +108,28 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: RafloraErro
     metadata = [(REASON_KEY, error.reason)]
     if isinstance(error, WrongOffset):
         metadata.append((COMMITTED_BYTES_KEY, str(error.committed_bytes)))
-    if isinstance(error, _REPEATED):
-        _say_quietly(error, method)
-    else:
-        log.info("refused", method=method, reason=error.reason, message=plain(str(error), MAX_MESSAGE_CHARS))
+    _say_quietly(error, method, shown_subject() or _host_of(context.peer()))
     # Cut and without control characters: gRPC drops a call whose trailers are too long, and with it the reason.
     await context.abort(grpc.StatusCode[error.code], plain(str(error), MAX_MESSAGE_CHARS), tuple(metadata))
 
 
-def _say_quietly(error: RafloraError, method: str) -> None:
-    """One line a while for the same sentence: who is shut out may go on knocking all day."""
-    unsaid = _quiet.unsaid(f"{method} {error}", time.monotonic())
-    if unsaid >= 0:
-        log.warning("shut out", method=method, reason=error.reason, message=str(error), unsaid=unsaid)
+def _say_quietly(error: RafloraError, method: str, who: str) -> None:
+    """One line a while for the same refusal of the same caller, who may go on knocking all day.
+
+    The sentence itself may hold the caller's own words, so it does not tell two refusals apart.
+    """
+    unsaid = _quiet.unsaid(f"{method} {error.reason} {who}", time.monotonic())
+    if unsaid < 0:
+        return
+    message = plain(str(error), MAX_MESSAGE_CHARS)
+    if isinstance(error, _SHUT_OUT):
+        log.warning("shut out", method=method, reason=error.reason, message=message, unsaid=unsaid)
+    else:
+        log.info("refused", method=method, reason=error.reason, message=message, unsaid=unsaid)
+
+
+def _host_of(peer: str) -> str:
+    return peer.rpartition(":")[0]  # a caller has a new port as often as it likes
 
 
 async def _abort_unknown(context: grpc.aio.ServicerContext[Any, Any], error: BaseException, method: str) -> None:
@@ -182,9 +137,9 @@ async def _abort_unknown(context: grpc.aio.ServicerContext[Any, Any], error: Bas
         raise error
     if isinstance(error, NotImplementedError):  # a method that the health library describes and does not have
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not served here")
-    if is_disk_full(error):
-        log.error("disk full", method=method)
-        await _abort(context, TooBusy("the coordinator's disk is full; try again later"), method)
+    if shortage := shortage_of(error):
+        log.error("shortage", what=shortage, method=method)
+        await _abort(context, TooBusy(f"the coordinator cannot do that now: {shortage}; try again later"), method)
     log.error("bug", method=method, exc_info=error)
     await context.abort(
         grpc.StatusCode.INTERNAL, "internal error; the coordinator's log has the details", ((REASON_KEY, "internal"),)

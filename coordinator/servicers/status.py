@@ -12,7 +12,7 @@ from common.errors import InvalidRequest, UnknownBlob
 from common.transfer import check_digest, chunks_of
 from coordinator.federation.state import Phase
 from coordinator.service import CoordinatorService
-from coordinator.servicers.status_view import client_summary, rounds_of, status_of
+from coordinator.servicers.status_view import SharedStatus, client_summary, rounds_of
 from coordinator.servicers.streams import read_chunks
 from coordinator.slices import BlobReference
 
@@ -28,10 +28,11 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
 
     def __init__(self, service: CoordinatorService) -> None:
         self._service = service
+        self._status = SharedStatus(service)
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: _Context) -> pb.GetStatusResponse:
         """The federation as it stands."""
-        return pb.GetStatusResponse(status=status_of(self._service))
+        return pb.GetStatusResponse(status=self._status.newest())
 
     async def WatchStatus(
         self, request: pb.WatchStatusRequest, context: _Context
@@ -40,7 +41,7 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
         engine = self._service.engine
         while True:
             version, is_last = engine.version, engine.state.phase is Phase.FINISHED or engine.is_stopping
-            yield pb.WatchStatusResponse(status=status_of(self._service))
+            yield pb.WatchStatusResponse(status=self._status.newest())
             if is_last:
                 return
             await asyncio.sleep(_WATCH_PAUSE_SECONDS)

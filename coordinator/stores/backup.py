@@ -87,16 +87,17 @@ def back_up(source: Source, destination: Path, on_progress: Progress = lambda _,
     if destination.exists():
         raise ConfigError(f"{destination}: exists already; name a folder that does not")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(ATTEMPTS):
-        destination.mkdir(mode=0o700)
-        try:
-            return _copy_moment(source, destination, on_progress)
-        except _Swept:
-            shutil.rmtree(destination)
-        except BaseException:
-            shutil.rmtree(destination, ignore_errors=True)  # half a backup must not be taken for one
-            raise
-    raise TooBusy(f"{destination}: the coordinator finished rounds faster than they could be copied; try again")
+    destination.mkdir(mode=0o700)
+    try:
+        for _ in range(ATTEMPTS):
+            try:
+                return _copy_moment(source, destination, on_progress)
+            except _Swept:
+                _remove_all_but_blobs(destination)
+        raise TooBusy(f"{destination}: the coordinator finished rounds faster than they could be copied; try again")
+    except BaseException:
+        shutil.rmtree(destination, ignore_errors=True)  # half a backup must not be taken for one
+        raise
 
 
 def read_backup(folder: Path, on_progress: Progress = lambda _, __: None) -> Backup:
@@ -123,22 +124,25 @@ def restore(
     backup = read_backup(folder, on_progress)
     if authority is not None and not backup.has_authority:
         raise ConfigError(f"{folder}: this backup was made without the authority's folder")
+    if authority is not None and _is_restored(backup, authority):
+        authority = None  # by a restore that was cut off before the state, which comes last
     for target in (state_dir, *([authority] if authority else [])):
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConfigError(f"{target}: something is there already; nothing is ever restored over it")
-    made = _sibling(state_dir)
+    begun = [made := _sibling(state_dir)]
     try:
         _copy_files(backup, "", made, skip="authority/")
         (made / "uploads").mkdir(mode=0o700)
         _skip_leases(backup.federation, made)
         claim_state_folder(made, Owner(backup.federation, ""), FileBlobs(made / "blobs"))
         if authority is not None:
-            kept = _sibling(authority)
+            begun.append(kept := _sibling(authority))
             _copy_files(backup, "authority/", kept)
             _put_in_place(kept, authority)
         _put_in_place(made, state_dir)
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        for half_made in begun:  # also of the authority's key; what is in its place the next try finds there
+            shutil.rmtree(half_made, ignore_errors=True)
         raise
     return backup
 
@@ -155,11 +159,15 @@ def _copy_moment(source: Source, destination: Path, on_progress: Progress) -> Ba
     done = 0
     for digest in wanted:
         target = destination / "blobs" / digest[:2] / digest
-        _copy(_open(blobs, digest), target)
+        if not target.exists():  # from an attempt before
+            _copy(_open(blobs, digest), target)
         if digest_of_file(target) != digest:
-            raise CorruptStore(f"blob {blobs.open(digest)}: its bytes changed on disk, so it cannot be backed up")
+            raise CorruptStore(f"blob {digest}: its bytes changed on disk, so it cannot be backed up")
         done += target.stat().st_size
         on_progress(done, total)
+    for copied in list((destination / "blobs").glob("*/*")):
+        if copied.name not in wanted:  # of the moment before
+            copied.unlink()
     if source.authority is not None:
         for file in _files_below(source.authority):
             _copy(source.authority / file, destination / "authority" / file)
@@ -167,7 +175,7 @@ def _copy_moment(source: Source, destination: Path, on_progress: Progress) -> Ba
     _sync_folders(destination)
     backup = Backup(destination, source.federation, state.round, sequence, files)
     reach("backup.finishing")
-    write_durably(destination / MANIFEST_FILE, _manifest(backup))
+    write_durably(destination / MANIFEST_FILE, _manifest(backup), mode=0o600)
     sync_folder(destination.parent)
     return backup
 
@@ -216,6 +224,15 @@ def _older_adapters(state: State, keep_rounds: int, blobs: FileBlobs) -> list[st
     here = blobs.digests()
     older = {record.adapter_digest for record in state.history[-keep_rounds:]}
     return sorted((older & here) - state.required_blobs)
+
+
+def _remove_all_but_blobs(destination: Path) -> None:
+    """What a further attempt makes anew; blobs never change, so those that are copied need not be copied again."""
+    for path in destination.iterdir():
+        if path.name == "authority":
+            shutil.rmtree(path)
+        elif path.name != "blobs":
+            path.unlink()
 
 
 def _size_of(blobs: FileBlobs, digest: str, required: list[str]) -> int:
@@ -324,6 +341,12 @@ def _sibling(target: Path) -> Path:
     made = target.absolute().with_name(f"{target.name}.restoring-{os.getpid()}")
     made.mkdir(mode=0o700)
     return made
+
+
+def _is_restored(backup: Backup, authority: Path) -> bool:
+    """Whether this folder holds the backup's authority and nothing else."""
+    held = {f"authority/{file}": _described(authority / file) for file in _files_below(authority)}
+    return held == {name: described for name, described in backup.files.items() if name.startswith("authority/")}
 
 
 def _copy_files(backup: Backup, below: str, target: Path, skip: str = "\0") -> None:

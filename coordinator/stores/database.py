@@ -6,6 +6,7 @@ Nothing here decides which entry may follow which, and nothing here knows what a
 import os
 import sqlite3
 from pathlib import Path
+from typing import TypeVar
 
 import sqlalchemy as sql
 from sqlalchemy.engine import URL, Connection, Engine, make_url
@@ -43,7 +44,10 @@ _PRAGMAS = (
     "PRAGMA foreign_keys = ON",
     "PRAGMA mmap_size = 0",  # a stray write through a map would end up in the file
     "PRAGMA trusted_schema = OFF",
+    # By itself SQLite checkpoints inside a commit, and says nothing when that fails: `checkpoint` does.
+    "PRAGMA wal_autocheckpoint = 0",
 )
+_Operational = TypeVar("_Operational", OperationalError, sqlite3.OperationalError)
 _MIGRATED_AT_ONCE = 1_000  # rows; bounds the memory
 # What keeps a database from being opened at all; every other failure of SQLite means that it is not what it was.
 _CANNOT_OPEN = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH})
@@ -107,6 +111,22 @@ def open_engine(address: URL, wait_seconds: float) -> Engine:
     return engine
 
 
+def checkpoint(engine: Engine, address: URL, wait_seconds: float) -> bool:
+    """Copies SQLite's write-ahead log into the database, durably, so that the log can begin anew.
+
+    Says whether all of it was copied. Never waits for a reader: what one still needs stays in the log.
+    Raises StorageFailed, CorruptStore, TooBusy, Unavailable.
+    """
+    connection = engine.raw_connection()  # the statement must stand outside of a transaction
+    try:
+        _, in_log, copied = connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    except sqlite3.OperationalError as error:
+        raise named(error, address, wait_seconds) from error
+    finally:
+        connection.close()
+    return bool(in_log == copied)
+
+
 def check_health(connection: Connection, address: URL) -> None:
     """Raises CorruptStore for a database that is damaged, ConfigError where it could not be kept safe."""
     if connection.dialect.name != "sqlite":
@@ -134,22 +154,23 @@ def prepare_schema(connection: Connection, address: URL) -> None:
         raise ConfigError(f"journal {address.database}: has schema {version}, but this raflora reads {SCHEMA_VERSION}")
 
 
-def named(error: OperationalError, address: URL, wait_seconds: float) -> RafloraError | OperationalError:
+def named(error: _Operational, address: URL, wait_seconds: float) -> RafloraError | _Operational:
     """What went wrong with SQLite, as a type; another database's error stays what it is."""
     if address.get_backend_name() != "sqlite":
         return error
     # The low byte is the primary code, the rest says which of many input/output errors it was.
-    code = getattr(error.orig, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+    cause = error.orig if isinstance(error, OperationalError) else error
+    code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     where = f"journal {address.database}"
     if code & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
         return Unavailable(f"{where}: another process has locked it for {wait_seconds:g} s")
     if code & 0xFF == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_SHMSIZE:  # the log's index needs room too
         return TooBusy(f"{where}: the disk is full; try again later")
     if code & 0xFF == sqlite3.SQLITE_IOERR:
-        return StorageFailed(f"{where}: the disk did not keep what it was given: {error.orig}")
+        return StorageFailed(f"{where}: the disk did not keep what it was given: {cause}")
     if code & 0xFF in _CANNOT_OPEN:
         return error
-    return CorruptStore(f"{where}: {error.orig}; restore it from a backup")
+    return CorruptStore(f"{where}: {cause}; restore it from a backup")
 
 
 def _begin_immediate(connection: Connection) -> None:

@@ -4,17 +4,20 @@ Field names and kinds are for ever; a new field needs a default. What is unknown
 """
 
 import json
+from dataclasses import replace
 from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from common.errors import CorruptStore
 from coordinator.federation.events import Event
-from coordinator.federation.state import State
+from coordinator.federation.state import RoundRecord, State
 from coordinator.stores.journal import Entry
 
 _KINDS: dict[str, TypeAdapter[Event]] = {kind.__name__: TypeAdapter(kind) for kind in get_args(Event)}
 _STATE = TypeAdapter(State)
+_RECORD = TypeAdapter(RoundRecord)
+_NO_HISTORY = '"history":[]'
 
 
 def entry_of(event: Event, sequence: int, at: float) -> Entry:
@@ -39,8 +42,12 @@ def event_of(entry: Entry) -> Event:
 
 
 def snapshot_of(state: State) -> str:
-    """The whole state."""
-    return _STATE.dump_json(state).decode()
+    """The whole state. In pieces, so that a thread that is at it lets others go on in between."""
+    frame = _STATE.dump_json(replace(state, history=())).decode()
+    # No text can hold this: in JSON its quotes would be escaped.
+    before, after = frame.split(_NO_HISTORY)
+    history = ",".join(_RECORD.dump_json(record).decode() for record in state.history)
+    return f'{before}"history":[{history}]{after}'
 
 
 def state_of(snapshot: str) -> State:

@@ -10,12 +10,16 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from common.errors import CorruptStore
 from common.failpoints import reach
 from common.transfer import named_failures, write_durably
 
 _SLOT_BYTES = 512  # a sector: written whole or not at all
 _SLOTS = 2
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -41,16 +45,20 @@ class HeadFile:
                 f"{self._file}: neither slot is what was written; if the journal beside it is known to be whole, "
                 "remove this file and start again"
             )
+        if len(whole) < len(slots):
+            log.warning("one of two slots is not what was written; the other one is used", file=str(self._file))
         return max(whole, key=lambda head: head.sequence, default=None)
 
     def prepare(self, head: Head) -> None:
         """Makes the file durable if it is missing, so that `advance` needs no room. Raises TooBusy, StorageFailed."""
         if not self._file.is_file():
-            write_durably(self._file, _slot(head) * _SLOTS)
-            self._file.chmod(0o600)  # like the database beside it
+            write_durably(self._file, _slot(head) * _SLOTS, mode=0o600)  # like the database beside it
 
     def advance(self, head: Head) -> None:
-        """Notes a commit that has succeeded. No fsync: after a power cut the file may be older, never wrong."""
+        """Notes a commit that has succeeded. No fsync: after a power cut the file may be older, never wrong.
+
+        Raises TooBusy, StorageFailed.
+        """
         found = [-1 if slot is None else slot.sequence for slot in self._slots()]
         older = found.index(min(found))
         with named_failures(self._file):
@@ -64,7 +72,8 @@ class HeadFile:
 
     def _slots(self) -> list[Head | None]:
         try:
-            content = self._file.read_bytes()
+            with named_failures(self._file):
+                content = self._file.read_bytes()
         except FileNotFoundError:
             return []
         return [_head_in(content[i * _SLOT_BYTES : (i + 1) * _SLOT_BYTES]) for i in range(_SLOTS)]

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 import sqlalchemy as sql
+import structlog
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -23,6 +24,7 @@ from coordinator.stores.database import (
     ENTRIES,
     SNAPSHOTS,
     check_health,
+    checkpoint,
     named,
     open_engine,
     prepare_schema,
@@ -34,7 +36,9 @@ from coordinator.stores.head import Head, HeadFile
 
 __all__ = ["Entry", "Journal", "MemoryJournal", "SqlJournal", "public_name"]
 
+log = structlog.get_logger()
 WAIT_SECONDS = 10.0  # for the connection, or for a foreign process that holds the database
+CHECKPOINT_EVERY = 200  # commits; bounds SQLite's write-ahead log as long as no reader holds on to it
 PAGE_ENTRIES = 1_000  # read at a time: bounds memory, and no reader holds the connection for long
 
 
@@ -112,6 +116,7 @@ class SqlJournal:
         self._is_file = self._address.get_backend_name() == "sqlite"
         self._engine = open_engine(self._address, WAIT_SECONDS)
         self._appending = threading.Lock()  # a commit and its head belong together
+        self._commits = 0  # by this process
         try:
             with self._transaction() as connection:
                 check_health(connection, self._address)
@@ -139,6 +144,7 @@ class SqlJournal:
                 # Room for it was made before; where overwriting needs room too, the next append makes up for it.
                 with suppress(TooBusy):
                     self._head_of(federation).advance(last)
+            self._note_commit()
         except IntegrityError as error:
             # Only a database with several writers gets here: both saw the same last entry.
             raise JournalConflict(
@@ -188,6 +194,7 @@ class SqlJournal:
             with named_failures(Path(self._address.database or "journal")):
                 reach("snapshot.committing")
         reach("snapshot.committed")
+        self._note_commit()
 
     def latest_snapshot(self, federation: str) -> tuple[int, str] | None:
         """See Journal."""
@@ -227,6 +234,23 @@ class SqlJournal:
                 reach("journal.committing")
         reach("journal.committed")
         return head
+
+    def _note_commit(self) -> None:
+        """Empties the log now and then. Raises StorageFailed, although the commit stands: the next one might not."""
+        # The first commit does it too: processes that never live long must not make the log ever longer.
+        is_due, self._commits = self._commits % CHECKPOINT_EVERY == 0, self._commits + 1
+        if not (is_due and self._is_file):
+            return
+        database = Path(str(self._address.database))
+        try:
+            with named_failures(database):
+                reach("journal.checkpointing")
+            if not checkpoint(self._engine, self._address, WAIT_SECONDS):
+                log.info("a reader keeps the journal's log from being emptied", journal=str(database))
+        except (TooBusy, Unavailable, PoolTimeout) as error:  # must not look as if the commit had been refused
+            log.warning("the journal's log could not be emptied; it is tried again later", why=str(error))
+            return
+        reach("journal.checkpointed")
 
     def _check_head(self, federation: str, found: Head, head: Head | None) -> None:
         if head is not None and head.sequence == found.sequence and head.checksum != found.checksum:

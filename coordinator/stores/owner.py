@@ -42,7 +42,7 @@ def claim_state_folder(folder: Path, owner: Owner, blobs: FileBlobs) -> None:
                 f"state_dir: {folder} holds the adapters of {found}, but this is {owner}; give this one another "
                 "state_dir, or start it with the name and store.journal of the federation that lives there"
             )
-    write_durably(file, json.dumps(asdict(owner)).encode())
+    write_durably(file, json.dumps(asdict(owner)).encode(), mode=0o600)
     reach("folder.claimed")
 
 

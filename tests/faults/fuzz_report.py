@@ -11,6 +11,7 @@ import numpy as np
 
 PAGE_BYTES = 4096
 ALLOWED_GROWTH_BYTES = 24 << 20  # over all of a run, after its first quarter
+ENOUGH_SAMPLES = 8  # below, what a process takes at its start looks like a trend
 
 
 def resident_bytes(pid: int | str = "self") -> int:
@@ -54,10 +55,10 @@ class Flatness:
     def sentence(self) -> str:
         """For people."""
         sizes = [size for _, size in sorted(self.samples)]
-        return (
-            f"{sizes[0] / 2**20:.1f} MiB at first, {sizes[-1] / 2**20:.1f} MiB at last, "
-            f"{self.slope:+.1f} bytes for one more (from {len(sizes)} samples)"
-        )
+        ends = f"{sizes[0] / 2**20:.1f} MiB at first, {sizes[-1] / 2**20:.1f} MiB at last"
+        if len(sizes) < ENOUGH_SAMPLES:
+            return f"{ends} ({len(sizes)} samples: too few for a trend)"
+        return f"{ends}, {self.slope:+.1f} bytes for one more (from {len(sizes)} samples)"
 
 
 class Progress:

@@ -7,6 +7,7 @@ reported with its exit status (negative: the signal). Nothing here decides anyth
 ends. gRPC is imported, but not in use before the fork, so a child starts it as a fresh process would.
 """
 
+import gc
 import json
 import os
 import selectors
@@ -22,6 +23,7 @@ from faults.roles import ROLES, Order
 def main() -> None:
     """Serves orders until the input ends."""
     nursery = _Nursery()
+    gc.freeze()  # so that a child's collector does not copy what it has in common with the others
     os.set_blocking(0, False)
     waiting = b""
     while True:

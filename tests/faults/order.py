@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -125,15 +126,13 @@ def _start(prefix: Sequence[str], order: Order, folder: Path) -> subprocess.Pope
 
 
 def _end(traced_process: subprocess.Popen[bytes]) -> None:
-    """Ends the traced one; strace ends with it."""
+    """Ends the traced one; strace ends with it. Nobody of its session is left, also if strace died first."""
     try:
-        children = Path(f"/proc/{traced_process.pid}/task/{traced_process.pid}/children").read_text().split()
-        for child in children:
+        children = Path(f"/proc/{traced_process.pid}/task/{traced_process.pid}/children")
+        for child in children.read_text().split() if children.exists() else []:
             os.kill(int(child), signal.SIGTERM)
         traced_process.wait(SECONDS)
     finally:
-        if traced_process.poll() is None:
-            for child in children:
-                os.kill(int(child), signal.SIGKILL)
-            traced_process.kill()
-            traced_process.wait(SECONDS)
+        with suppress(ProcessLookupError):  # as it should be
+            os.killpg(traced_process.pid, signal.SIGKILL)
+        traced_process.wait(SECONDS)

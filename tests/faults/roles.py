@@ -20,7 +20,11 @@ import numpy as np
 from faults import planted
 from faults.notes import Note, Notebook
 
+import cli.access
+import cli.backup
 import cli.coordinator
+import cli.init
+import cli.site
 import cli.worker
 import common.channel
 import common.transfer
@@ -28,10 +32,11 @@ import coordinator.engine
 import worker.client
 import worker.contact
 import worker.run
+from cli.main import main
 from common.adapter import Adapter, AdapterSpec, Factors, ModuleShape, TensorShape
 from common.codec import Layout, WireDtype, decode, encode
 from common.errors import CorruptTransfer
-from common.failpoints import reach
+from common.failpoints import arm_as_planned, reach
 from common.settings import FAILPOINTS_VARIABLE
 from coordinator.server import run_coordinator
 from worker.client import CoordinatorClient
@@ -62,12 +67,20 @@ class Order:
     folder: str
     plan: str = ""  # of its failpoints
     bug: str = ""  # that is planted in it; see planted.py
+    arguments: tuple[str, ...] = ()  # of a command
+    plan_when_ready: str = ""  # of a coordinator: the plan from the moment on when it answers calls
+    ahead_seconds: float = 0.0  # of a worker: how late it is by its own clock
 
 
 def be_coordinator(order: Order, tell: Tell) -> None:
     """Runs the command; tells "ready" when it answers calls."""
     _prepare(order)
-    listening: Any = partial(run_coordinator, on_listening=lambda _: tell("ready"))
+
+    def on_listening(_address: str) -> None:
+        arm_as_planned(order.plan_when_ready)
+        tell("ready")
+
+    listening: Any = partial(run_coordinator, on_listening=on_listening)
     command: Any = cli.coordinator
     command.run_coordinator = listening
     asyncio.run(cli.coordinator.coordinator(config=Path(order.folder) / "federation.toml"))
@@ -81,12 +94,26 @@ def be_worker(order: Order, tell: Tell) -> None:
     module.CoordinatorClient = partial(Witness, notebook=notebook, tell=tell, client_id=order.key)
     module.TrainerProcess = SeededTrainer
     clock = worker.contact.Clock()
-    module.work = partial(worker.run.work, clock=replace(clock, sleep=lambda s: clock.sleep(s / TIMES_FASTER)))
+    tempo = replace(
+        clock,
+        sleep=lambda seconds: clock.sleep(seconds / TIMES_FASTER),
+        wall_time=lambda: clock.wall_time() + order.ahead_seconds,
+    )
+    module.work = partial(worker.run.work, clock=tempo)
     asyncio.run(cli.worker.worker(config=Path(order.folder) / f"{order.key}.toml"))
 
 
+def be_command(order: Order, _tell: Tell) -> None:
+    """Runs any verb of the command line and ends with its exit status."""
+    arm_as_planned(order.plan)
+    status = main(order.arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 ROLES: Mapping[str, Callable[[Order, Tell], None]] = MappingProxyType(
-    {"coordinator": be_coordinator, "worker": be_worker}
+    {"coordinator": be_coordinator, "worker": be_worker, "command": be_command}
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.main import main
-from common.certificates import read_certificate
+from common.certificates import new_key, read_certificate
 from common.identity import Role
 from common.join_token import parse_join_token
 from common.settings import load_settings
@@ -171,3 +171,23 @@ def test_what_cannot_be_is_said_in_a_line(
     assert (status, out) == (2, "")
     assert err
     assert not (folder / "out").exists()
+
+
+# ---------------------------------------------------------------- keys that lie where an identity shall be made
+
+
+def test_a_key_that_somebody_put_there_gets_no_certificate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "eve"
+    out.mkdir(mode=0o700)
+    planted = new_key()
+    (out / "key.pem").write_bytes(planted)
+    (out / "key.pem").chmod(0o600)
+    add = ("access", "add", "eve", out, "--role", "observer", "--folder", folder)
+    status, _, err = run(capsys, *add)
+    assert (status, "key.pem is there, and is not the key that eve was given" in err.replace("\n", " ")) == (2, True)
+    assert json.loads(run(capsys, "access", "list", "--folder", folder, "--format", "json")[1])["people"] == [
+        person
+        for person in json.loads(run(capsys, "access", "list", "--folder", folder, "--format", "json")[1])["people"]
+        if person["name"] != "eve"
+    ]
+    assert (out / "key.pem").read_bytes() == planted

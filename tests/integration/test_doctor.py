@@ -5,12 +5,13 @@ import json
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from canned_coordinator import Canned
 from canned_coordinator import serving as canned_serving
 from coordinators import settings_of
@@ -22,10 +23,16 @@ from cli.checks_network import Target, check_way, clock
 from cli.main import main
 from common.channel import Pem, Tls
 from common.identity import Role, Subject
+from common.moments import DAY_SECONDS
 from coordinator.config import CoordinatorConfig
-from coordinator.identity.authority import DAY_SECONDS
 
 SECONDS = 1.0  # of patience with the silent ones
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_they_were() -> Iterator[None]:
+    yield
+    structlog.reset_defaults()  # the doctor silences this process's log
 
 
 @pytest.fixture
@@ -237,10 +244,15 @@ async def test_a_worker_with_a_token_before_its_first_start(identities: Identiti
         (tmp_path / "token").write_text(identities.issuer.invite(
             "clinic-a", workers=1, days=7, again=False, address=address
         )[1].text)  # fmt: skip
+        (tmp_path / "token").chmod(0o644)
         code, found = await run("--config", str(worker_settings(tmp_path, f'join_token_file = "{tmp_path}/token"')))
     assert (code, found["verdict"] in {"ok", "warning"}) == (0, True), found
     names = [check["name"] for check in found["checks"]]
     assert names[:5] == ["settings", "versions", "training libraries", "join token", "identity"]
+    assert [(check["verdict"], check["advice"]) for check in found["checks"] if check["name"] == "join token"] == [
+        ("warning", "whether it is used up shows only at the start"),
+        ("warning", f"chmod 600 {tmp_path}/token"),
+    ]
     assert names[-4:] == ["state_dir", "model", "data.train", "device"]
     assert not (tmp_path / "state").exists()  # nothing was changed
 

@@ -18,8 +18,8 @@ from cli.checks_coordinator import check_coordinator
 from cli.checks_machine import check_data, check_device, check_disk, check_model, check_private
 from cli.checks_network import check_certificate_files, check_identity, check_join_token
 from common.channel import Tls
+from common.moments import DAY_SECONDS
 from coordinator.config import CoordinatorConfig
-from coordinator.identity.authority import DAY_SECONDS
 from coordinator.stores.lock import lock_state_folder
 from worker.config import DataConfig, ModelConfig
 
@@ -50,7 +50,8 @@ def test_a_key_that_others_can_read_is_named(identities: Identities, tmp_path: P
 
 def test_a_token_is_read_without_being_used(identities: Identities) -> None:
     token = identities.invite("clinic-a")
-    assert check_join_token(token, time.time()).verdict is Verdict.OK
+    good = check_join_token(token, time.time())
+    assert (good.verdict, good.advice) == (Verdict.WARNING, "whether it is used up shows only at the start")
     late = check_join_token(token, time.time() + 8 * DAY_SECONDS)
     assert (late.verdict, "raflora site add clinic-a --again" in late.advice) == (Verdict.FAILED, True)
 
@@ -128,6 +129,15 @@ def test_a_model_folder_is_whole_or_says_what_is_missing(tmp_path: Path) -> None
     assert "a hub id" in check_model(ModelConfig(path="distilbert/distilbert-base-uncased")).found
 
 
+def test_what_can_be_no_hub_id_is_a_folder_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("models/distilbret", "a/b/c", "./model", "/models", "~/none"):
+        found = check_model(ModelConfig(path=path))
+        assert (found.verdict, "there is no such folder" in found.found) == (Verdict.FAILED, True), path
+    assert str(tmp_path / "models" / "distilbret") in check_model(ModelConfig(path="models/distilbret")).found
+
+
 def test_data_is_there_or_is_named(tmp_path: Path) -> None:
     train, empty = tmp_path / "train.jsonl", tmp_path / "test.csv"
     train.write_text("{}\n")
@@ -186,6 +196,24 @@ def test_a_port_that_is_taken_by_another_program(tmp_path: Path) -> None:
             checks = coordinator_checks(tmp_path, server__listen=address)
     assert checks["port"].found == f"{address} is taken, by the coordinator that runs"
     assert checks["lock"].found == f"a coordinator runs on this state_dir (process {os.getpid()})"
+
+
+def test_the_spec_is_read_before_a_start_needs_it(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_text("{")
+    found = coordinator_checks(tmp_path, adapter__spec=str(spec))["adapter.spec"]
+    assert (found.verdict, "is not what `raflora spec` writes" in found.found) == (Verdict.FAILED, True)
+    modules = [{"name": "query", "out_features": 16, "in_features": 12}]
+    spec.write_text(json.dumps({"base_model_digest": "a" * 64, "modules": modules, "tensors": []}))
+    assert coordinator_checks(tmp_path, adapter__spec=str(spec))["adapter.spec"].verdict is Verdict.OK
+    narrow = coordinator_checks(tmp_path, adapter__spec=str(spec), adapter__global_rank=13)["adapter.spec"]
+    assert "at most rank 12 fits" in narrow.found
+    spec.unlink()
+    state = tmp_path / "federation" / "state"
+    state.mkdir(parents=True)
+    (state / "journal.sqlite").touch()
+    gone = coordinator_checks(tmp_path, adapter__spec=str(spec))["adapter.spec"]
+    assert (gone.verdict, str(spec) in gone.found) == (Verdict.WARNING, True), "a founded federation needs it no more"
 
 
 def test_a_damaged_journal_is_named(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ from common.certificates import new_key, read_certificate
 from common.channel import Pem, rotating_server_credentials
 from common.codec import digest_of
 from common.identity import Role, Subject
+from common.moments import DAY_SECONDS
 from coordinator.config import ServerConfig
-from coordinator.identity.authority import DAY_SECONDS
 from coordinator.identity.security import security_of
 from coordinator.servicers.access import AccessInterceptor
 from coordinator.servicers.interceptor import ErrorInterceptor

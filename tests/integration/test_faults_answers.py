@@ -135,13 +135,15 @@ async def test_a_submission_that_overtakes_and_one_that_comes_after_the_next_lea
         await ada.upload(older, content)
         line.hold["SubmitUpdate"] = held = asyncio.Event()
         late = asyncio.create_task(ada.submit(older, content))
-        newer = await ada.fetch_task()
-        assert not await ada.rpc.heartbeat(older.lease_token, Progress("training"))
+        again = NumpyClient(address, ada.client_id, ada.rank, ada.num_examples)  # it was started once more
+        newer = await again.fetch_task()
+        assert not await again.rpc.heartbeat(older.lease_token, Progress("training"))
         held.set()
         assert await late is Outcome.SUPERSEDED
-        assert await ada.rpc.begin_upload(newer.lease_token, Blob(digest_of(content), len(content))) == len(content)
-        assert await ada.submit(newer, content) is Outcome.ACCEPTED
+        assert await again.rpc.begin_upload(newer.lease_token, Blob(digest_of(content), len(content))) == len(content)
+        assert await again.submit(newer, content) is Outcome.ACCEPTED
         assert await ada.submit(older, content) is Outcome.DUPLICATE
+        await again.rpc.close()
 
 
 # ---------------------------------------------------------------- versions

@@ -44,8 +44,9 @@ from worker.messages import Outcome, Task
 RANKS = {"ada": 2, "bob": 4}
 WRITES = frozenset(
     {"part.writing", "file.writing", "file.renaming", "bytes.syncing", "shard.making", "blob.linking"}
-    | {"upload.announcing", "journal.committing", "head.writing"}
+    | {"upload.announcing", "journal.committing", "journal.checkpointing", "head.writing"}
 )
+WATCHERS = 30  # every one of them must hear it
 T = TypeVar("T")
 
 
@@ -197,8 +198,8 @@ async def until(
 ) -> status_pb2.FederationStatus:
     """The status as soon as it holds; the calls themselves are the pause."""
     async with asyncio.timeout(60):
-        while not holds(status := await observer.see()):  # noqa: ASYNC110 - in another process as well
-            await asyncio.sleep(0.01)
+        while not holds(status := await observer.see()):
+            pass
     return status
 
 
@@ -306,13 +307,20 @@ async def test_a_failed_fsync_is_the_end_and_is_never_asked_again(
 async def _play_until_it_ends(config: CoordinatorConfig, acknowledged: list[str]) -> None:
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     running = asyncio.create_task(run_coordinator(config, on_listening=listening.set_result))
-    either: set[asyncio.Future[Any]] = {running, listening}
-    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    if running.done():
-        running.result()
-    address = await listening
-    clients = [NumpyClient(address, name, rank, 10 * (i + 1)) for i, (name, rank) in enumerate(RANKS.items())]
+    try:
+        either: set[asyncio.Future[Any]] = {running, listening}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if listening.done():
+            with suppress(RafloraError):  # of any call, as soon as the coordinator has ended
+                await _play_with(await listening, acknowledged)
+    finally:
+        running.cancel()
+        (ended,) = await asyncio.gather(running, return_exceptions=True)
+    if isinstance(ended, Exception):
+        raise ended
 
+
+async def _play_with(address: str, acknowledged: list[str]) -> None:
     async def until_unavailable(client: NumpyClient) -> None:
         with suppress(RafloraError):
             await client.join()
@@ -321,23 +329,23 @@ async def _play_until_it_ends(config: CoordinatorConfig, acknowledged: list[str]
             if await send(client, task, content) is Outcome.ACCEPTED:
                 acknowledged.append(client.client_id)
 
-    with suppress(RafloraError):
-        await clients[0].join()
-    await asyncio.gather(*(until_unavailable(client) for client in clients))
-    async with observing(address) as observer:
-        with suppress(Exception):
-            await observer.finished()
-    for client in clients:
-        await client.rpc.close()
-    running.cancel()
-    ended = (await asyncio.gather(running, return_exceptions=True))[0]
-    if isinstance(ended, Exception):
-        raise ended
+    clients = [NumpyClient(address, name, rank, 10 * (i + 1)) for i, (name, rank) in enumerate(RANKS.items())]
+    try:
+        with suppress(RafloraError):
+            await clients[0].join()
+        await asyncio.gather(*(until_unavailable(client) for client in clients))
+        async with observing(address) as observer:
+            with suppress(Exception):
+                await observer.finished()
+    finally:
+        for client in clients:
+            await client.rpc.close()
 
 
 async def test_a_broken_disk_ends_the_process_with_a_status_and_health_says_so_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    serving_, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     settings = settings_of(tmp_path, rounds__num_rounds=1, rounds__min_clients=2)
     monkeypatch.setenv(FAILPOINTS_VARIABLE, "fail@part.writing=EIO")
     process = CoordinatorProcess(tmp_path, settings)
@@ -345,16 +353,15 @@ async def test_a_broken_disk_ends_the_process_with_a_status_and_health_says_so_b
     try:
         address = process.wait_until_listening()
         async with clients_of(address, RANKS) as (ada, _), observing(address) as observer:
-            health = health_pb2_grpc.HealthStub(observer.channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
-            assert (await health.read()).status == health_pb2.HealthCheckResponse.SERVING
+            stub = health_pb2_grpc.HealthStub(observer.channel)
+            watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(WATCHERS)]
+            assert [(await watch.read()).status for watch in watches] == WATCHERS * [serving_]
             task = await ada.fetch_task()
             content = await ada.train(task)
             with pytest.raises(Unavailable):
                 await send(ada, task, content)
-            said = health_pb2.HealthCheckResponse.SERVING
-            with suppress(Exception):
-                said = (await health.read()).status
-            assert said == health_pb2.HealthCheckResponse.NOT_SERVING
+            said = await asyncio.gather(*(watch.read() for watch in watches), return_exceptions=True)
+            assert [getattr(answer, "status", answer) for answer in said] == WATCHERS * [not_serving]
             assert await asyncio.to_thread(process.wait) == 1
     finally:
         process.close()

@@ -119,6 +119,8 @@ async def test_a_worker_that_is_restarted_in_the_middle_of_its_task_raises_no_al
         async with working(address, folder, "ada"):
             while "training" not in [a.activity for a in (await observer.see()).assignments]:
                 pass
+            while (folder / "mishaps").read_text():  # or the next trainer would wait instead of this one
+                await observer.see()
         async with working(address, folder, "ada") as again:
             await again
         status = await observer.finished()

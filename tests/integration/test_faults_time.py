@@ -174,7 +174,8 @@ async def test_a_wall_clock_that_jumps_changes_nothing(
             assert await client.rpc.heartbeat(task.lease_token, Progress("training"))
         after = await observer.see()
         assert after.clients_connected == before.clients_connected == len(RANKS)
-        assert before.deadline_seconds - 60 < after.deadline_seconds <= before.deadline_seconds
+        # What passed is what the test took, and never the jump.
+        assert before.deadline_seconds - abs(jump) / 2 < after.deadline_seconds <= before.deadline_seconds
         for client, task in zip(clients, tasks, strict=True):
             assert await client.do(task) is Outcome.ACCEPTED
         await asyncio.gather(*(client.work() for client in clients))

@@ -103,7 +103,7 @@ async def test_stalled_uploads_leave_the_status_answering_and_the_next_one_is_re
 
 
 async def place_of(client: Client, task: pb.Task, payload: Payload) -> None:
-    """Waits for a place as a worker does: it asks again. Nobody tells when a coordinator has noticed a hang-up."""
+    """Waits for a place as a worker does: it asks again, and the calls themselves are the pause."""
     while True:
         try:
             await client.begin(task, payload)
@@ -111,4 +111,3 @@ async def place_of(client: Client, task: pb.Task, payload: Payload) -> None:
         except grpc.aio.AioRpcError as error:
             if reason_of(error) != "too_busy":
                 raise
-        await asyncio.sleep(0.05)

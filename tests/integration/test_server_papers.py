@@ -26,7 +26,7 @@ from raflora.v1 import federation_pb2, federation_pb2_grpc
 from common.certificates import new_key, private_key, read_certificate
 from common.channel import Pem
 from common.identity import Role, Subject
-from coordinator.identity.authority import DAY_SECONDS
+from common.moments import DAY_SECONDS
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 

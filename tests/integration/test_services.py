@@ -30,6 +30,9 @@ from structlog.testing import capture_logs
 from common.codec import digest_of
 from common.errors import BaseModelMismatch, ConfigError, StateInUse
 from coordinator.server import SERVICES, run_coordinator
+from coordinator.service import CoordinatorService
+from coordinator.stores.blobs import FileBlobs
+from coordinator.stores.journal import MemoryJournal
 from worker.messages import Progress, TaskKind
 
 RANKS = {"ada": 2, "bob": 4, "cem": 8}
@@ -217,7 +220,9 @@ async def test_levers_before_there_is_a_federation_are_refused(tmp_path: Path) -
 async def test_a_holder_of_a_dead_lease_is_told_to_stop(tmp_path: Path) -> None:
     config = config_of(tmp_path, rounds__min_clients=2)
     async with serving(config) as address, observing(address) as observer, clients_of(address, BOTH) as (ada, _):
-        older, newer = await ada.fetch_task(), await ada.fetch_task()
+        older = await ada.fetch_task()
+        await ada.restart()
+        newer = await ada.fetch_task()
         progress = Progress("training", 3, 10, 0.25)
         assert not await ada.rpc.heartbeat(older.lease_token, progress)
         assert await ada.rpc.heartbeat(newer.lease_token, progress)
@@ -318,6 +323,21 @@ async def test_a_spec_file_founds_the_federation_before_anybody_joins(tmp_path: 
             assert (await ada.fetch_task()).manifest_digest == answer.status.manifest_digest
 
 
+async def test_with_a_spec_file_no_worker_is_waited_for(tmp_path: Path) -> None:
+    config = config_of(tmp_path, adapter__spec=spec_file(tmp_path))
+    service = CoordinatorService(config, MemoryJournal(), FileBlobs(tmp_path / "blobs"))
+    try:
+        assert service.explanation() == "being founded on adapter.spec"
+    finally:
+        service.close()
+
+
+async def test_a_spec_file_whose_layers_are_too_narrow_ends_the_start(tmp_path: Path) -> None:
+    config = config_of(tmp_path, adapter__spec=spec_file(tmp_path), adapter__global_rank=12)
+    with pytest.raises(ConfigError, match=r"adapter.global_rank: global rank 12: module encoder.1.dense is 11 x 20"):
+        await run_coordinator(config)
+
+
 async def test_a_spec_file_of_another_base_model_ends_the_start(tmp_path: Path) -> None:
     other = digest_of(b"another base model")
     config = config_of(tmp_path, adapter__spec=spec_file(tmp_path), model__base_model_digest=other)
@@ -337,5 +357,6 @@ async def test_a_bad_spec_file_is_told_as_a_config_error(tmp_path: Path, spec: s
         assert process.wait() == 2, process.output
         assert complaint in " ".join(" ".join(process.output).split())
         assert "Traceback" not in "".join(process.output)
+        assert "listening" not in "".join(process.output), "who cannot be founded must not be called healthy"
     finally:
         process.close()

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from coordinators import NumpyClient, clients_of, config_of, entries_of, observing, serving
 from raflora.v1 import admin_pb2
 
+from common import failpoints
 from common.codec import digest_of
 from common.errors import ConfigError, StorageFailed, Unavailable, UnknownBlob
 from coordinator.config import CoordinatorConfig
@@ -216,9 +218,13 @@ async def test_what_a_crash_left_behind_goes_at_the_next_start(config: Coordinat
     torn.write_bytes(b"half")
     stray = config.state_dir / "owner.json.1-2.part"
     stray.write_bytes(b"half")
-    async with serving(config), asyncio.timeout(30):
-        while orphan in blobs.digests():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    swept = threading.Event()
+    failpoints.arm(lambda step: swept.set() if step == "blob.unlinked" else None)
+    try:
+        async with serving(config):
+            assert await asyncio.to_thread(swept.wait, 30)
+    finally:
+        failpoints.arm(None)
     assert blobs.digests() <= kept
     assert not torn.exists()
     assert not stray.exists()

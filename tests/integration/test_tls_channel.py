@@ -12,7 +12,7 @@ import grpc.aio
 import pytest
 from raflora.v1 import status_pb2, status_pb2_grpc
 
-from common.channel import Keepalive, Tls, client_channel, server_credentials, server_options
+from common.channel import Keepalive, Tls, client_channel, rotating_server_credentials, server_options
 from common.errors import ConfigError
 
 CALL_SECONDS = 30.0
@@ -80,6 +80,11 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Papers:
     return Papers(tmp_path_factory.mktemp("papers"))
 
 
+def credentials_of(tls: Tls) -> grpc.ServerCredentials:
+    """With an authority, callers must show a certificate of it."""
+    return rotating_server_credentials(tls.read, asks_for_certificates=tls.ca_file is not None)
+
+
 @asynccontextmanager
 async def serving(tls: Tls | None) -> AsyncIterator[str]:
     server = grpc.aio.server(options=server_options(Keepalive()))
@@ -87,7 +92,7 @@ async def serving(tls: Tls | None) -> AsyncIterator[str]:
     if tls is None:
         port = server.add_insecure_port("127.0.0.1:0")
     else:
-        port = server.add_secure_port("127.0.0.1:0", server_credentials(tls))
+        port = server.add_secure_port("127.0.0.1:0", credentials_of(tls))
     await server.start()
     yield f"127.0.0.1:{port}"
     await server.stop(None)
@@ -159,6 +164,6 @@ async def test_with_ca_file_no_certificate_or_a_strangers_is_refused(papers: Pap
 
 def test_a_coordinator_without_its_certificate_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="certificate_file and key_file"):
-        server_credentials(Tls(ca_file=None))
+        credentials_of(Tls(ca_file=None))
     with pytest.raises(ConfigError, match=f"{tmp_path}/none.pem cannot be read: No such file"):
-        server_credentials(Tls(certificate_file=tmp_path / "none.pem", key_file=tmp_path / "none.key"))
+        credentials_of(Tls(certificate_file=tmp_path / "none.pem", key_file=tmp_path / "none.key"))

@@ -16,9 +16,10 @@ from structlog.testing import capture_logs
 from worker_site import TRAINER
 
 from common import failpoints
-from common.errors import BadJoinToken, ConfigError, IdentityConflict
+from common.errors import BadJoinToken, ConfigError, IdentityConflict, Unavailable
 from worker.certificates import identity_in
-from worker.config import TlsConfig
+from worker.client import CoordinatorClient, Credentials
+from worker.config import CoordinatorAddress, TlsConfig
 from worker.run import work
 
 
@@ -167,20 +168,61 @@ async def test_from_a_token_to_a_finished_federation(identities: Identities, tmp
     assert identities.registry.site("clinic-a").keys.keys() == {"clinic-a"}  # type: ignore[union-attr]
 
 
-async def test_the_command_ends_with_3_and_the_sentence(identities: Identities, address: str, tmp_path: Path) -> None:
-    (tmp_path / "token").write_text(token_at(identities, address))
-    identities.registry.revoke_site("clinic-a")
-    (tmp_path / "worker.toml").write_text(
-        f'rank = 4\nstate_dir = "{tmp_path}/state"\n[coordinator]\njoin_token_file = "{tmp_path}/token"\n'
-        '[model]\npath = "none"\n[data]\ntrain = "none.jsonl"\n'
+async def run_command(folder: Path, model: str) -> tuple[int | None, str]:
+    """Exit status and standard error of `raflora worker` with the token in folder/token."""
+    (folder / "train.jsonl").write_text("{}\n")
+    (folder / "worker.toml").write_text(
+        f'rank = 4\nstate_dir = "{folder}/state"\n[coordinator]\njoin_token_file = "{folder}/token"\n'
+        f'[model]\npath = "{model}"\n[data]\ntrain = "{folder}/train.jsonl"\n'
     )
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cli.main", "worker", "--config", str(tmp_path / "worker.toml")),
+        *(sys.executable, "-m", "cli.main", "worker", "--config", str(folder / "worker.toml")),
         stderr=asyncio.subprocess.PIPE,
     )
     _, said = await asyncio.wait_for(process.communicate(), 60)
-    assert process.returncode == 3
-    assert "site clinic-a was revoked by the operator" in said.decode()
+    return process.returncode, " ".join(said.decode().split())
+
+
+async def test_the_command_ends_with_3_and_the_sentence(identities: Identities, address: str, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(token_at(identities, address))
+    identities.registry.revoke_site("clinic-a")
+    status, said = await run_command(tmp_path, model="some-hub-id")
+    assert status == 3
+    assert "site clinic-a was revoked by the operator" in said
+    assert "client=" not in said, "before it has come in it has no name in the federation"
+
+
+async def test_a_worker_that_could_not_load_uses_no_token_up(
+    identities: Identities, address: str, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text(token_at(identities, address))
+    status, said = await run_command(tmp_path, model=f"{tmp_path}/none")
+    assert status == 2
+    assert said == f"model: {tmp_path}/none: there is no such folder; set model.path to the base model's folder"
+    assert not identities.registry.site("clinic-a").token.keys  # type: ignore[union-attr]
+
+
+async def test_without_a_token_the_cause_and_the_cure_are_named(address: str) -> None:
+    client = CoordinatorClient(CoordinatorAddress(address=address), Credentials("ada", "", "0"))
+    with pytest.raises(
+        Unavailable, match=r"it speaks TLS, but this side .* in the clear: set coordinator.join_token_f"
+    ):
+        await client.handshake()
+    await client.close()
+
+
+async def test_a_token_of_another_authority_is_waited_with_and_the_log_names_the_cause(
+    identities: Identities, address: str, tmp_path: Path
+) -> None:
+    other = Identities(tmp_path / "another-authority")
+    config, stepped = worker(tmp_path, join_token=token_at(other, address)), SteppedClock()
+    config.state_dir.mkdir()
+    stepped.before_sleep = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with capture_logs() as logs:
+        await asyncio.wait_for(work(config, TRAINER, stepped.clock), 60)
+    assert (
+        "the coordinator's certificate is of another authority than the one that this side trusts" in logs[0]["event"]
+    )
 
 
 async def test_sigterm_ends_a_worker_that_is_still_waiting_to_come_in(identities: Identities, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from faults.account import KILLED_BY, NEVER_KILLED, killed_elsewhere
 from faults.kills import Campaign, Nursery, PlanOf, Setting, nursery, play, undisturbed
 from faults.plans import EachStep
 from faults.schedule import COORDINATOR, Schedule
@@ -14,24 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow]
 SEED = 20261123
 SMALL = Setting(rounds=3, ranks=(2, 4, 8, 16), evaluate_every=2)
-
-# What a kill alone does not bring about, and where it is tested instead.
-ELSEWHERE = {
-    "failure.answering": "no kill makes a worker give its task back; tests/integration/test_services.py",
-    "leave.answering": "only SIGTERM makes a worker say goodbye; tests/integration/test_worker_agent.py",
-    "part.truncating": "a full disk or damaged bytes; tests/unit/test_transfer.py",
-    "part.truncated": "likewise",
-}
-ELSEWHERE_NOUNS = (
-    "backup.",
-    "schema.migrat",
-    "identity.",
-    "token.",
-    "site.added",
-    "authority.",
-    "registry.",
-    "access.",
-)
 
 
 @pytest_asyncio.fixture
@@ -64,8 +47,16 @@ async def test_a_kill_at_every_step_changes_nothing(tmp_path: Path, place: Nurse
         outcome = await play(place, folder, SMALL, expected, _after_half_a_blob(each) if turn == 3 else each)
         assert outcome.breaches == [], turn
         killed_at |= {kill.step for kill in outcome.kills}
-    missed = {step for step in steps - killed_at if not step.startswith(ELSEWHERE_NOUNS)}
-    assert missed == ELSEWHERE.keys()
+    assert steps - killed_at == NEVER_KILLED.keys() | killed_elsewhere()
+
+
+def test_every_step_is_accounted_for_once() -> None:
+    assert NEVER_KILLED.keys() | killed_elsewhere() <= set(documented_steps())
+    assert not NEVER_KILLED.keys() & killed_elsewhere()
+    assert sum(len(steps) for steps in KILLED_BY.values()) == len(killed_elsewhere())
+    for test in KILLED_BY:
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"there is no {test}"
 
 
 def test_a_seed_is_a_schedule() -> None:

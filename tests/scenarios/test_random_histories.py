@@ -15,6 +15,7 @@ from rounds import REPORT, RULES
 from common.errors import RafloraError
 from coordinator.federation.due import awaited, due
 from coordinator.federation.events import (
+    ClientRevoked,
     Event,
     MembershipChanged,
     RoundAbandoned,
@@ -38,6 +39,7 @@ from coordinator.federation.requests import (
     Publish,
     Request,
     Resume,
+    Revoke,
     SetRank,
     SubmitEvaluation,
     SubmitUpdate,
@@ -111,7 +113,7 @@ class Histories(RuleBasedStateMachine):
             assert request.lease_token == held, "a dead lease was honoured"
 
     def follow(self, events: Iterable[Event]) -> None:
-        """What the model makes of the events: an update counts until its round is given up or its client evicted."""
+        """What the model makes of the events: an update counts until its round is given up or its client shut out."""
         state = self.state
         for event in events:
             opened = state.open
@@ -126,7 +128,8 @@ class Histories(RuleBasedStateMachine):
             if isinstance(event, RoundAbandoned) and opened is not None:
                 self.acknowledged = {k: d for k, d in self.acknowledged.items() if k[0] != opened.number}
             is_eviction = isinstance(event, MembershipChanged) and event.membership is Membership.EVICTED
-            if is_eviction and opened is not None and state.phase is Phase.TRAINING:
+            is_shut_out = is_eviction or isinstance(event, ClientRevoked)
+            if is_shut_out and opened is not None and state.phase is Phase.TRAINING:
                 self.acknowledged.pop((opened.number, opened.attempt, event.client_id), None)
             state = evolve(state, event)
             self.state = state
@@ -148,10 +151,11 @@ class Histories(RuleBasedStateMachine):
     def join(self, client_id: str, max_rank: int, key: str) -> None:
         self.ask(Join(client_id, client_id if key in ("", client_id) else key, Profile(max_rank, 10)))
 
-    @rule(client_id=CLIENTS, twist=TWISTS, kind=st.sampled_from(Kind))
-    def claim(self, client_id: str, twist: str, kind: Kind) -> None:
+    @rule(client_id=CLIENTS, twist=TWISTS, kind=st.sampled_from(Kind), asks_again=st.booleans())
+    def claim(self, client_id: str, twist: str, kind: Kind, asks_again: bool) -> None:
         number, attempt = self.a_round(twist)
-        self.ask(Claim(client_id, kind, number, attempt, self.slice_of(client_id)))
+        held_token = self.a_token(client_id, twist) if asks_again else 0
+        self.ask(Claim(client_id, kind, number, attempt, self.slice_of(client_id), held_token))
 
     @rule(client_id=CLIENTS, digest=st.sampled_from(["one", "two"]), twist=TWISTS)
     def submit_update(self, client_id: str, digest: str, twist: str) -> None:
@@ -196,6 +200,10 @@ class Histories(RuleBasedStateMachine):
     @rule(client_id=CLIENTS)
     def evict(self, client_id: str) -> None:
         self.ask(Evict(client_id, "noise"))
+
+    @rule(client_id=CLIENTS)
+    def revoke(self, client_id: str) -> None:
+        self.ask(Revoke(client_id, "taken back"))
 
     @rule(client_id=CLIENTS, rank=st.integers(0, 9))
     def set_rank(self, client_id: str, rank: int) -> None:

@@ -97,6 +97,7 @@ def test_equal_ranks_do_not_collapse() -> None:
 
 def test_no_clients_are_no_forecast() -> None:
     assert forecast_collapse([]).sentence == "no clients yet: nothing to forecast"
+    assert forecast_collapse([(8, 10)]).sentence == "one client so far, of rank 8: nothing to forecast"
 
 
 def test_sampling_adds_the_variance_of_the_share() -> None:

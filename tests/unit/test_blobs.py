@@ -1,5 +1,6 @@
 """Blobs: the name is the content, and a name that was given out stays good."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -84,6 +85,30 @@ def test_bytes_that_changed_on_disk_are_noticed_and_putting_them_again_heals(blo
         blobs.verify(digest)
     assert blobs.put(ADA) == digest
     assert blobs.verify(digest).read_bytes() == ADA
+
+
+def test_adopting_the_same_bytes_heals_what_changed_on_disk(blobs: FileBlobs, tmp_path: Path) -> None:
+    blobs.open(blobs.put(ADA)).write_bytes(BOB)
+    source = tmp_path / "state" / "upload"
+    source.write_bytes(ADA)
+    blobs.adopt(source, digest_of(ADA))
+    assert blobs.verify(digest_of(ADA)).read_bytes() == ADA
+    assert blobs.digests() == {digest_of(ADA)}
+
+
+def test_a_blob_that_is_here_already_is_durable_before_its_name_is_said_again(
+    blobs: FileBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever wrote it may have died before the folder was synced."""
+    folder, synced, real = blobs.open(blobs.put(ADA)).parent, list[str](), os.fsync
+
+    def spy(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    blobs.put(ADA)
+    assert synced == [str(folder)]
 
 
 def test_what_a_crash_left_half_written_is_swept(blobs: FileBlobs) -> None:

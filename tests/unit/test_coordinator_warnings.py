@@ -4,14 +4,16 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from coordinators import config_of
 from rounds import ADA, BOB, CEM, RANKS, after, started, tick
 
 from coordinator.aggregation.method import MethodOptions
 from coordinator.aggregation.report import RankPartition, RoundReport
 from coordinator.federation.state import Contribution, RoundRecord, State, Update
-from coordinator.warnings import signs_of, uncovered_rounds, warnings_of
+from coordinator.warnings import founding_warnings, signs_of, uncovered_rounds, warnings_of
 
 PAPER = MethodOptions("raflora")
 EVERYBODY = (ADA, BOB, CEM)
@@ -63,9 +65,9 @@ def test_a_norm_that_doubles_while_the_loss_rises_is_told_from_the_twentieth_rou
     assert [DIVERGES in about(diverging(rounds)) for rounds in (19, 20, 30, 40)] == [False, True, True, True]
     (sign,) = signs_of(diverging(20), PAPER)
     assert sign.sentence == (
-        "the global adapter seems to diverge: from round 10 to 20 its norm grew from 29.3 to 96.6, and within these "
-        "rounds the training loss rose from 1.14 to 1.32; found a new federation with a lower training.learning_rate "
-        "that decays, or with method raflora and an aggregation.weight_floor (0.3, say)"
+        "the global adapter seems to diverge: rounds 10 to 20 took its norm from 29.3 to 96.6, the training loss from "
+        "1.14 to 1.32; found a new federation with a lower training.learning_rate that decays, or with method raflora "
+        "and an aggregation.weight_floor (0.3, say)"
     )
 
 
@@ -115,9 +117,9 @@ def test_a_lone_owner_is_told_after_three_rounds_with_what_can_be_done() -> None
     assert (about(history[:2]), about(history)) == ([], [ALONE])
     (sign,) = signs_of(history, PAPER)
     assert sign.sentence == (
-        "ranks 5-8 had at most one client in each of the last 3 rounds, and what it learns goes into the adapter "
-        "whole, its noise included: let more clients of rank 8 take part, or found the next federation with method "
-        "raflora and an aggregation.weight_floor (0.3, say)"
+        "ranks 5-8 had at most one client in each of the last 3 rounds, whose noise goes into the adapter whole: let "
+        "more clients of rank 8 take part, or found the next federation with method raflora and an "
+        "aggregation.weight_floor (0.3, say)"
     )
     assert signs_of([*history, record(4)], PAPER) == (sign,), "it says the same as long as it lasts"
 
@@ -165,7 +167,7 @@ def test_a_partition_that_nobody_trains_is_worth_a_warning() -> None:
 def test_a_federation_that_paused_itself_is_worth_a_warning() -> None:
     state = after(tick(100.0), tick(200.0), start=started(max_attempts=1))
     (warning,) = warnings_of(state, PAPER)
-    assert warning == "the federation paused itself: only 0 of 2 updates after the deadline was extended once"
+    assert warning == "the federation paused itself", "why stands in the explanation, which is shown above"
     assert warnings_of(started(), PAPER) == []
 
 
@@ -178,3 +180,19 @@ def test_a_sign_keeps_its_name_while_its_numbers_change() -> None:
     (one,), (other,) = signs_of(diverging(21), PAPER), signs_of(diverging(22), PAPER)
     assert one.about == other.about
     assert one.sentence != other.sentence
+
+
+# ---------------------------------------------------------------- before anybody has joined
+
+
+def test_a_federation_that_knows_its_callers_is_not_left_to_the_first_one(tmp_path: Path) -> None:
+    config = config_of(tmp_path, server__identity={"folder": str(tmp_path)})
+    open_to_all = config.model_copy(update={"adapter": config.adapter.model_copy(update={"spec": None})})
+    (sentence,) = founding_warnings(open_to_all, is_founded=False)
+    assert "model.base_model_digest" in sentence
+    assert founding_warnings(open_to_all, is_founded=True) == ()
+    model = config.model.model_copy(update={"base_model_digest": "0" * 64})
+    assert founding_warnings(open_to_all.model_copy(update={"model": model}), is_founded=False) == ()
+    adapter = config.adapter.model_copy(update={"spec": tmp_path / "spec.json"})
+    assert founding_warnings(config.model_copy(update={"adapter": adapter}), is_founded=False) == ()
+    assert founding_warnings(config_of(tmp_path), is_founded=False) == ()

@@ -78,6 +78,15 @@ def test_the_trace_ends_with_the_step_at_which_the_process_was_killed(tmp_path: 
     assert trace.read_text() == "1 a.a\n2 b.b\n"
 
 
+def test_a_process_says_which_planned_step_it_never_came_to() -> None:
+    program = "import sys; from common.failpoints import *; arm_as_planned(sys.argv[1]); reach('file.renamed')"
+    plan = "fail@file.renamd=EIO,fail@file.renamed:2=EIO,fail@9=EIO"
+    ended = subprocess.run(
+        [sys.executable, "-c", program, plan], cwd=ROOT, check=True, timeout=60, capture_output=True, text=True
+    )
+    assert ended.stderr == "failpoints: this process never came to file.renamd\n"
+
+
 def test_the_table_in_the_docs_names_every_step_of_the_source_and_no_other() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `([a-z_]+\.[a-z_]+)` \|", page, flags=re.MULTILINE)

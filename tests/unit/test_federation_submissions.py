@@ -105,6 +105,15 @@ def test_the_same_update_again_is_a_duplicate_while_aggregating_and_after_publis
     assert outcome(second_round(), again) is Outcome.DUPLICATE
 
 
+def test_a_duplicate_is_answered_and_never_recorded() -> None:
+    state = after(*trains(ADA), start=started())
+    again = uploads(ADA)(state)
+    for now in (state, closed(), second_round()):
+        for act in (again, replace(again, lease_token=99)):
+            found = transition(now, act)
+            assert (found.outcome, found.events, found.state) == (Outcome.DUPLICATE, (), now)
+
+
 def test_a_second_different_update_is_a_conflict_and_the_first_stays() -> None:
     state = after(*trains(ADA), start=started())
     with pytest.raises(UpdateConflict, match="'ada', round 1: update other, but update of ad was accepted"):

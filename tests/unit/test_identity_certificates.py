@@ -10,7 +10,8 @@ from identities import certificate_with
 from common.certificates import (
     Certificate,
     check_pair,
-    key_digest_of_request,
+    digest_of_key,
+    key_of_request,
     new_key,
     private_key,
     read_certificate,
@@ -49,7 +50,11 @@ def test_a_certificate_says_who_when_and_which_key() -> None:
     authority, key = new_one(), new_key()
     found = read_certificate(authority.issue(ADA, private_key(key).public_key(), 3000.0))
     expected = Certificate(
-        ADA, key_digest_of_request(signing_request(key, ADA)), NOW - BACKDATED_SECONDS, NOW + 3000.0, found.serial
+        ADA,
+        digest_of_key(key_of_request(signing_request(key, ADA))),
+        NOW - BACKDATED_SECONDS,
+        NOW + 3000.0,
+        found.serial,
     )
     assert found == expected
 
@@ -97,7 +102,7 @@ def test_what_is_no_certificate_no_request_and_no_key_says_so(pem: bytes) -> Non
     with pytest.raises(NotAuthenticated, match="cannot be read"):
         read_certificate(pem)
     with pytest.raises(InvalidRequest, match="not a PEM"):
-        key_digest_of_request(pem)
+        digest_of_key(key_of_request(pem))
     with pytest.raises(NotAuthenticated, match="not an unencrypted PEM key"):
         private_key(pem)
 

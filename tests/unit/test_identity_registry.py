@@ -2,16 +2,19 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from identities import Identities
+from identities import Identities, request_of
 
 from common.certificates import Certificate, read_certificate
 from common.errors import BadJoinToken, ConfigError, CorruptStore, IdentityConflict, Revoked
 from common.failpoints import arm
 from common.identity import Role, Subject
-from coordinator.identity.registry import Person, Registry, organisation_of
+from common.moments import DAY_SECONDS
+from coordinator.config import MAX_CERTIFICATE_DAYS
+from coordinator.identity.registry import Person, Registry, Token, organisation_of
 
 
 @pytest.fixture
@@ -153,3 +156,40 @@ def test_what_nobody_knows_cannot_be_revoked(identities: Identities) -> None:
 def test_the_same_key_is_the_same_key_after_another_name(identities: Identities) -> None:
     token = token_of(identities, "clinic-b", workers=2)
     assert identities.registry.admit(token, "k1", "gpu1") == identities.registry.admit(token, "k1", "gpu2")
+
+
+# ---------------------------------------------------------------- keys that were taken back
+
+
+def test_no_key_of_a_revoked_site_returns_with_a_new_token(identities: Identities) -> None:
+    identities.registry.admit(token_of(identities, "clinic-a"), "k1", "")
+    for _ in range(2):  # nor after a second time
+        identities.registry.revoke_site("clinic-a")
+        token = token_of(identities, "clinic-a")
+        with pytest.raises(Revoked, match="key was taken back when site clinic-a was revoked"):
+            identities.registry.admit(token, "k1", "")
+    assert identities.registry.admit(token, "k2", "").name == "clinic-a"
+
+
+def test_a_key_is_forgotten_when_no_certificate_of_it_can_be_good(tmp_path: Path) -> None:
+    identities, at = Identities(tmp_path / "authority"), [1000.0]
+    registry = Registry(identities.folder, lambda: at[0])
+    token = Token("1", 2, is_for_one_name=False, expires_at=2e9)
+    registry.add_site("clinic-a", replace(token, keys={"clinic-a.x": "k1"}), again=False)
+    registry.revoke_site("clinic-a")
+    assert set(registry.add_site("clinic-a", token, again=False).taken_back) == {"k1"}
+    at[0] += MAX_CERTIFICATE_DAYS * DAY_SECONDS - 1
+    assert set(registry.add_site("clinic-a", token, again=True).taken_back) == {"k1"}
+    at[0] += 1
+    assert not registry.add_site("clinic-a", token, again=True).taken_back
+
+
+def test_the_issuer_renews_nothing_that_the_registry_took_back(identities: Identities) -> None:
+    pem = identities.worker("clinic-a")
+    assert pem.certificate is not None
+    assert pem.key is not None
+    caller = read_certificate(pem.certificate)
+    identities.issuer.renew(caller, request_of(pem.key))
+    identities.registry.revoke_site("clinic-a")
+    with pytest.raises(Revoked):
+        identities.issuer.renew(caller, request_of(pem.key))

@@ -11,14 +11,14 @@ from common.certificates import new_key, private_key, read_certificate
 from common.channel import Tls
 from common.errors import BadJoinToken, ConfigError, NotAllowed, NotAuthenticated
 from common.identity import Role, Subject
+from common.moments import DAY_SECONDS
 from coordinator.config import ServerConfig
 from coordinator.identity.access import authorise
-from coordinator.identity.authority import DAY_SECONDS
 from coordinator.identity.caller import Caller, own_client_id, own_enrol_key, present_caller, set_present_caller
 from coordinator.identity.gate import Gate
 from coordinator.identity.papers import IssuedPapers, WatchedPapers
 from coordinator.identity.security import security_of
-from coordinator.servicers.interceptor import Quiet
+from coordinator.quiet import Quiet
 
 STATUS = "/raflora.v1.StatusService/GetStatus"
 ADA = Subject(Role.WORKER, "clinic-a.gpu1", "clinic-a")

@@ -1,5 +1,6 @@
 """The journal keeps what it acknowledged, in order, and notices a second writer and every change from outside."""
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -282,10 +283,24 @@ def test_sqlite_is_set_to_survive_a_power_cut(tmp_path: Path) -> None:
     with journal._transaction() as connection:
         found = {
             name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
-            for name in ("journal_mode", "synchronous", "foreign_keys", "mmap_size")
+            for name in ("journal_mode", "synchronous", "foreign_keys", "mmap_size", "wal_autocheckpoint")
         }
     journal.close()
-    assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "mmap_size": 0}
+    expected = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "mmap_size": 0, "wal_autocheckpoint": 0}
+    assert found == expected
+
+
+def test_a_new_journal_has_a_durable_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def spy(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    SqlJournal(url(tmp_path)).close()
+    assert synced == [str(tmp_path)]
 
 
 def test_the_journal_is_nobody_else_s_to_read(tmp_path: Path) -> None:

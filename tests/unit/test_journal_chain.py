@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from common import failpoints
 from common.errors import CorruptStore
@@ -132,7 +133,9 @@ def test_the_head_is_the_newest_slot_that_is_whole(tmp_path: Path) -> None:
     slots = {bytes(slot.split()[0]): i for i, slot in enumerate((content[:512], content[512:]))}
     content[slots[b"6"] * 512 + 3] ^= 1
     (tmp_path / "head").write_bytes(content)
-    assert file.read() == Head(5, "link-5")
+    with capture_logs() as said:
+        assert file.read() == Head(5, "link-5")
+    assert [line["log_level"] for line in said] == ["warning"]
     content[slots[b"5"] * 512] ^= 1
     (tmp_path / "head").write_bytes(content)
     with pytest.raises(CorruptStore, match=r"neither slot is what was written; .* remove this file"):
@@ -155,6 +158,21 @@ def test_a_crash_between_a_commit_and_its_head_loses_nothing(tmp_path: Path) -> 
         failpoints.arm(None)
         journal.close()
     assert read(tmp_path) == entries(1, 3)
+
+
+def test_the_first_head_is_durable_before_anything_is_recorded_and_nobody_else_s_to_read(tmp_path: Path) -> None:
+    journal, seen = SqlJournal(url(tmp_path)), list[str]()
+    failpoints.arm(seen.append)
+    try:
+        journal.append("digits", entries(1, 1))
+    finally:
+        failpoints.arm(None)
+        journal.close()
+    assert seen[: seen.index("journal.committing")] == [
+        *("file.writing", "file.written", "bytes.syncing", "bytes.synced", "file.renaming", "file.renamed"),
+        *("folder.syncing", "bytes.syncing", "bytes.synced", "folder.synced"),
+    ]
+    assert head_file(tmp_path / "journal.db", "digits").stat().st_mode & 0o777 == 0o600
 
 
 def test_the_first_head_finds_no_room_before_anything_is_recorded(tmp_path: Path) -> None:
@@ -225,7 +243,24 @@ def test_a_journal_of_version_1_is_brought_forward(tmp_path: Path) -> None:
     assert read(tmp_path) == entries(1, 2_501)
 
 
-@pytest.mark.parametrize("step", ["schema.migrating:1", "schema.migrating:2", "schema.migrated", "schema.committed"])
+MIGRATION = [  # every step of it, with three pages of entries
+    *("schema.migrating:1", "schema.migrating:2", "schema.migrating:3", "schema.migrated"),
+    *("schema.committing", "schema.committed", "folder.syncing", "bytes.syncing", "bytes.synced", "folder.synced"),
+]
+
+
+def test_these_are_all_steps_of_bringing_it_forward(tmp_path: Path) -> None:
+    of_version_1(tmp_path)
+    seen: list[str] = []
+    failpoints.arm(seen.append)
+    try:
+        SqlJournal(url(tmp_path)).close()
+    finally:
+        failpoints.arm(None)
+    assert seen == [step.partition(":")[0] for step in MIGRATION]
+
+
+@pytest.mark.parametrize("step", MIGRATION)
 def test_bringing_it_forward_may_be_killed_half_way(tmp_path: Path, step: str) -> None:
     of_version_1(tmp_path)
     program = (

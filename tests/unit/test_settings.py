@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field, model_validator
 
 from common.errors import ConfigError
-from common.settings import Section, load_settings
+from common.settings import Section, environment_with, load_settings
 
 
 class Rounds(Section):
@@ -151,3 +151,13 @@ def test_a_mistake_across_two_keys_names_them_and_does_not_print_the_whole_file(
     with pytest.raises(ConfigError) as caught:
         load_settings(_Pair, path, environ={})
     assert str(caught.value) == f"{path}: least 3 is above most 2"
+
+
+def test_what_we_start_is_told_none_of_our_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAFLORA__COORDINATOR__JOIN_TOKEN", "secret")
+    monkeypatch.setenv("RAFLORA__STORE__JOURNAL", "postgresql://user:secret@db/raflora")
+    monkeypatch.setenv("RAFLORA_IDENTITY", "/secret")
+    monkeypatch.setenv("HF_HOME", "/models")
+    environment = environment_with(OMP_NUM_THREADS="1")
+    assert "secret" not in " ".join(environment.values())
+    assert (environment["HF_HOME"], environment["OMP_NUM_THREADS"]) == ("/models", "1")

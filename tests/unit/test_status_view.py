@@ -1,18 +1,25 @@
 """What an operator reads: rounds as they stand in the journal."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from coordinators import BASE_MODEL, SPEC, config_of
-from rounds import ADA, BOB, CEM, RANKS, started
+from engines import Monotonic
+from raflora.v1 import status_pb2 as pb
+from rounds import ADA, BOB, CEM, RANKS, after, claims, joins, started
 
 from coordinator.aggregation.report import RankPartition, RoundReport
+from coordinator.clock import FederationClock
+from coordinator.federation.requests import Pause
 from coordinator.federation.state import Contribution, Evaluation, RoundRecord, State, Update
 from coordinator.manifest import Manifest
-from coordinator.servicers.status_view import rounds_of
+from coordinator.service import CoordinatorService
+from coordinator.servicers.status_view import FRESH_CLIENTS, SHARED_SECONDS_A_CLIENT, SharedStatus, rounds_of
+from coordinator.stores.blobs import FileBlobs
+from coordinator.stores.journal import MemoryJournal
 
 REPORT = RoundReport(
     partitions=(RankPartition(0, 2, 0.5, 3, 3.0), RankPartition(2, 4, 0.3, 2, 2.0), RankPartition(4, 8, 0.2, 1, 1.0)),
@@ -72,3 +79,47 @@ def test_a_round_counts_since_when_a_partition_is_uncovered_as_it_was_then(manif
     summaries = rounds_of(state, manifest, state.history)
     uncovered = [[p.rounds_uncovered for p in summary.partitions] for summary in summaries]
     assert uncovered == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [0, 0, 0]]
+
+
+# ---------------------------------------------------------------- many who look
+
+
+@pytest.fixture
+def monotonic() -> Monotonic:
+    return Monotonic()
+
+
+@pytest.fixture
+def service(tmp_path: Path, monotonic: Monotonic) -> Iterator[CoordinatorService]:
+    service = CoordinatorService(config_of(tmp_path), MemoryJournal(), FileBlobs(tmp_path / "blobs"))
+    service.engine._clock = FederationClock(0.0, monotonic)
+    yield service
+    service.close()
+
+
+def test_in_a_small_federation_everybody_sees_what_is_now(service: CoordinatorService) -> None:
+    board = SharedStatus(service)
+    service.engine.state = started()
+    assert [a.state for a in board.newest().assignments] == [pb.ASSIGNMENT_STATE_WAITING] * 3
+    service.engine.state = after(claims(ADA), start=service.engine.state)
+    assert board.newest().assignments[0].state == pb.ASSIGNMENT_STATE_WORKING
+
+
+def test_a_large_status_is_shared_for_a_moment(service: CoordinatorService, monotonic: Monotonic) -> None:
+    board, late = SharedStatus(service), 200
+    names = [f"worker-{i:03}" for i in range(FRESH_CLIENTS + late)]
+    service.engine.state = after(*map(joins, names), start=started())
+    seen = board.newest()
+    service.engine.state = after(claims(ADA), start=service.engine.state)
+    assert board.newest() is seen
+    monotonic.seconds += SHARED_SECONDS_A_CLIENT * (late + len(RANKS)) + 1e-6
+    assert board.newest().assignments[0].state == pb.ASSIGNMENT_STATE_WORKING
+
+
+def test_where_the_federation_stands_is_never_old(service: CoordinatorService) -> None:
+    board = SharedStatus(service)
+    crowd = [joins(f"worker-{i:03}") for i in range(2 * FRESH_CLIENTS)]
+    service.engine.state = after(*crowd, start=started())
+    assert not board.newest().paused
+    service.engine.state = after(Pause(), start=service.engine.state)
+    assert board.newest().paused

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import transfer
+from common import failpoints, transfer
 from common.codec import digest_of
 from common.errors import CorruptTransfer, InvalidRequest, StorageFailed, TooBusy, WrongOffset, WrongSize
 from common.transfer import Expected, PartFile, check_digest, chunks_of, write_durably
@@ -70,6 +70,33 @@ def test_what_a_dead_process_left_is_made_durable_before_it_counts(part: Path, m
     assert synced
     assert attempt.committed_bytes == 300
     attempt.close()
+
+
+def test_a_transfer_is_durable_before_it_is_checked_and_gets_its_name(part: Path, tmp_path: Path) -> None:
+    file, seen = PartFile(part, expected(CONTENT)), list[str]()
+    file.append(0, CONTENT)
+    failpoints.arm(seen.append)
+    try:
+        file.finish(tmp_path / "whole")
+    finally:
+        failpoints.arm(None)
+    assert seen == [
+        *("bytes.syncing", "bytes.synced", "part.checked", "file.renaming", "file.renamed"),
+        *("folder.syncing", "bytes.syncing", "bytes.synced", "folder.synced"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("journal.sqlite-head-digits", "journal.sqlite-head-digits"),
+        ("a" * 64, "a" * 12),
+        ("b" * 64 + ".part", "b" * 12),
+    ],
+)
+def test_a_full_disk_is_told_with_the_file_s_name_and_only_digests_are_cut(name: str, said: str) -> None:
+    with pytest.raises(TooBusy, match=f"^{said}: the disk is full"), transfer.named_failures(Path("/state") / name):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("offset", [0, 99, 101, 10**9, -1])

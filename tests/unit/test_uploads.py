@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from common import failpoints
 from common.codec import digest_of
 from common.errors import (
     CorruptTransfer,
@@ -291,6 +292,47 @@ def test_a_sweep_forgets_everybody_but_the_known(tmp_path: Path) -> None:
     assert restarted.completed_path("ada", DIGEST).read_bytes() == CONTENT
     assert restarted.committed_bytes("bob", DIGEST) == 0
     assert len(list((tmp_path / "uploads").iterdir())) == 1
+
+
+def test_a_sweep_leaves_an_open_stream_alone_unless_its_client_has_gone(spool: UploadSpool) -> None:
+    spool.begin("ada", DIGEST, SIZE)
+    upload = spool.open("ada", DIGEST)
+    upload.append(0, CONTENT[:1000])
+    spool.sweep([])
+    upload.append(1000, CONTENT[1000:])
+    assert upload.finish() == SIZE
+    spool.begin("ada", digest_of(OTHER), SIZE)
+    upload = spool.open("ada", digest_of(OTHER))
+    spool.sweep(["ada"], gone=["ada"])
+    with pytest.raises(UploadTakenOver):
+        upload.append(0, OTHER)
+    assert spool.committed_bytes("ada", digest_of(OTHER)) == 0
+
+
+def test_a_complete_upload_that_changed_on_disk_is_forgotten_and_not_believed(spool: UploadSpool) -> None:
+    send(spool)
+    assert spool.checked_path("ada", DIGEST).read_bytes() == CONTENT
+    spool.completed_path("ada", DIGEST).write_bytes(OTHER)
+    with pytest.raises(CorruptTransfer, match="changed on the coordinator's disk; send it again"):
+        spool.checked_path("ada", DIGEST)
+    assert spool.begin("ada", DIGEST, SIZE) == 0
+
+
+def test_how_far_an_upload_is_is_said_of_durable_bytes_only(spool: UploadSpool) -> None:
+    spool.begin("ada", DIGEST, SIZE)
+    upload = spool.open("ada", DIGEST)
+    upload.append(0, CONTENT[:1000])
+    seen: list[str] = []
+    failpoints.arm(seen.append)
+    try:
+        assert spool.committed_bytes("ada", DIGEST) == 1000  # asked while the stream is open
+        assert seen == ["bytes.syncing", "bytes.synced"]
+        upload.append(1000, CONTENT[1000:2000])
+        seen.clear()
+        assert upload.finish() == 2000  # the end of a stream that is not all of it
+        assert seen == ["bytes.syncing", "bytes.synced"]
+    finally:
+        failpoints.arm(None)
 
 
 def test_files_that_are_no_uploads_are_removed_at_start(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from common.channel import Tls
 from common.errors import BadJoinToken, ConfigError, NotAuthenticated
 from common.identity import Role, Subject
 from common.identity_folder import IdentityFolder
+from common.moments import moment
 from worker.certificates import (
     Issued,
     certificate_in,
@@ -23,7 +24,6 @@ from worker.certificates import (
     join_token_of,
     keep,
     key_in,
-    moment,
 )
 from worker.config import CoordinatorAddress, DataConfig, ModelConfig, WorkerConfig
 from worker.probe import host_and_port
