@@ -5,13 +5,12 @@ import json
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from canned_coordinator import Canned
 from canned_coordinator import serving as canned_serving
 from coordinators import settings_of
@@ -27,12 +26,6 @@ from common.moments import DAY_SECONDS
 from coordinator.config import CoordinatorConfig
 
 SECONDS = 1.0  # of patience with the silent ones
-
-
-@pytest.fixture(autouse=True)
-def _logs_as_they_were() -> Iterator[None]:
-    yield
-    structlog.reset_defaults()  # the doctor silences this process's log
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ WRITES = frozenset(
     {"part.writing", "file.writing", "file.renaming", "bytes.syncing", "shard.making", "blob.linking"}
     | {"upload.announcing", "journal.committing", "journal.checkpointing", "head.writing"}
 )
-WATCHERS = 30  # every one of them must hear it
+WATCHERS = 2  # every one of them must hear it
 T = TypeVar("T")
 
 
