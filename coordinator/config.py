@@ -233,6 +233,8 @@ class LimitsConfig(Section):
     """Open uploads of one organisation at one time."""
     upload_bytes_per_day: int | None = Field(default=None, ge=1)
     """Bytes of updates that one organisation may announce in 24 hours of the federation's clock."""
+    changes: int = Field(default=60, ge=10)
+    """Records that one client may cause at once beyond its rounds' own (joining anew, failing); then one in 10 s."""
     disk_bytes: int | None = Field(default=None, ge=1)
     """Of the state folder; no upload begins that would make it larger."""
     min_free_bytes: int = Field(default=64 << 20, ge=0)

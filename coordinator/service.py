@@ -112,7 +112,7 @@ class CoordinatorService:
         self.intake = Intake(self.foundation, self.known_member, self.security.organisation_of)
         self._publisher = Publisher(self.foundation, on_published)
         self._revocation = Revocation(self.engine, self.security.gate)
-        self._pace = Pace()
+        self._pace = Pace(config.limits.changes)
         self._commands = asyncio.TaskGroup()  # an error in one of them is fatal, as in the engine
 
     async def run(self) -> None:

@@ -321,7 +321,8 @@ async def against_a_coordinator(folder: Path, seed: int, numbers: Sequence[int])
     """The same against a new coordinator on a free port, with two members and an open round."""
     # Nobody counts as lost while it is merely not asked, so that only requests change the journal.
     rounds = {"rounds__min_clients": 2, "rounds__lease_ttl_seconds": 3600, "rounds__max_attempts": 100_000}
-    config = config_of(folder, **rounds, rounds__num_rounds=100_000, rounds__max_failures=1000)
+    rounds |= {"rounds__num_rounds": 100_000, "rounds__max_failures": 1000}
+    config = config_of(folder, **rounds, limits__changes=1_000_000)  # odd requests are many, and all of two members
     path = config.state_dir / "journal.sqlite"
     reader = _Reader(path)
     async with serving(config) as address:

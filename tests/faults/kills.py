@@ -293,17 +293,25 @@ class Campaign:
 
     async def run(self, kills: int, on_federation: Callable[[Outcome], None] = lambda _: None) -> None:
         """Until so many kills or a breach."""
-        expected = await undisturbed(self.place, _fresh(self.folder / "undisturbed"), self.setting)
+        peaceful = _fresh(self.folder / "undisturbed")
+        expected = await undisturbed(self.place, peaceful, self.setting)
+        names = {COORDINATOR: _names_in(peaceful, COORDINATOR), "": _names_in(peaceful, "site-1")}
         while self.kills < kills:
             number = len(self.outcomes)
             folder = _fresh(self.folder / f"federation-{number}")
-            plan_of = _quota(Schedule(self.seed, number), min(self.kills_each, kills - self.kills))
+            plan_of = _quota(Schedule(self.seed, number, names), min(self.kills_each, kills - self.kills))
             outcome = await play(self.place, folder, self.setting, expected, plan_of)
             self.outcomes.append(outcome)
             on_federation(outcome)
             if outcome.breaches:
                 return
             shutil.rmtree(folder)
+
+
+def _names_in(folder: Path, key: str) -> tuple[str, ...]:
+    """The steps that this process came to while nobody disturbed it, each once."""
+    lines = [line for file in folder.glob(f"{key}.*.trace") for line in file.read_text().splitlines()]
+    return tuple(sorted({line.split()[1] for line in lines}))
 
 
 def _quota(schedule: Schedule, kills: int) -> PlanOf:

@@ -90,7 +90,7 @@ async def test_while_nobody_answers_it_asks_again_and_at_the_end_says_what_to_ty
     keeper, client = renewal(admission, config, stepped.clock)
     with (
         capture_logs() as logs,
-        pytest.raises(NotAuthenticated, match=r"expired on .*`raflora site add clinic-a --again`"),
+        pytest.raises(NotAuthenticated, match=r"expired on .*`raflora site add clinic-a --again --folder FOLDER`"),
     ):
         await keeper.keep()
     await client.close()

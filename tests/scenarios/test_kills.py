@@ -66,6 +66,15 @@ def test_a_seed_is_a_schedule() -> None:
     assert any("=ENOSPC" in plan for plan in drawn)
 
 
+def test_a_schedule_comes_to_rare_steps_as_often_as_to_common_ones() -> None:
+    names = {COORDINATOR: tuple(f"step.{number}" for number in range(80))}
+    plans = [Schedule(7, 0, names).plan_of(COORDINATOR, life) for life in range(800)]
+    assert {name for name in names[COORDINATOR] if any(f"kill@{name}:" in plan for plan in plans)} == set(
+        names[COORDINATOR]
+    )
+    assert 300 < sum("step." in plan for plan in plans) < 500
+
+
 def _after_half_a_blob(plan_of: PlanOf) -> PlanOf:
     """The same, but the coordinator's first life ends while it writes a blob, so that the next has to tidy up."""
     return lambda key, life: "kill@file.written:6" if (key, life) == (COORDINATOR, 0) else plan_of(key, life)

@@ -169,7 +169,7 @@ def test_an_expired_certificate_says_what_the_operator_types(identities: Identit
     key = key_in(folder)
     certificate = keep(folder, issued_to(identities, key), key, identities.authority.certificate)
     said = str(expired(certificate, folder, certificate.not_after + 1))
-    assert "`raflora site add clinic-a --again`" in said
+    assert "`raflora site add clinic-a --again --folder FOLDER`" in said
     assert moment(certificate.not_after) in said
 
 
