@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench load soak picture rank-collapse theorem proto docs compose-test clean fuzz kills
+.PHONY: help setup check test demo bench load soak picture rank-collapse theorem proto docs compose-test clean fuzz kills hunt
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ fuzz: setup  ## hostile uploads and requests: make fuzz SEED=1 MUTANTS=1000000 R
 
 kills: setup  ## kill -9 at seeded steps, compared with an undisturbed run: make kills SEED=7 KILLS=1000
 	PYTHONPATH=tests:proto $(BIN)/python -m faults.command --seed $(or $(SEED),7) --kills $(or $(KILLS),1000) --format $(or $(FORMAT),table)
+
+hunt: setup  ## how many seeded kills find each planted bug: make hunt SEED=99
+	PYTHONPATH=tests:proto $(BIN)/python -m faults.hunt --seed $(or $(SEED),99)
 
 bench: setup  ## our aggregation against the dense formulation, about a minute
 	$(BIN)/python -m benchmarks.aggregation

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +294,7 @@ class Campaign:
     async def run(self, kills: int, on_federation: Callable[[Outcome], None] = lambda _: None) -> None:
         """Until so many kills or a breach."""
         peaceful = _fresh(self.folder / "undisturbed")
-        expected = await undisturbed(self.place, peaceful, self.setting)
+        expected = await undisturbed(self.place, peaceful, replace(self.setting, bug=""))
         names = {COORDINATOR: _names_in(peaceful, COORDINATOR), "": _names_in(peaceful, "site-1")}
         while self.kills < kills:
             number = len(self.outcomes)

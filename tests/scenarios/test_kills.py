@@ -67,11 +67,9 @@ def test_a_seed_is_a_schedule() -> None:
 
 
 def test_a_schedule_comes_to_rare_steps_as_often_as_to_common_ones() -> None:
-    names = {COORDINATOR: tuple(f"step.{number}" for number in range(80))}
-    plans = [Schedule(7, 0, names).plan_of(COORDINATOR, life) for life in range(800)]
-    assert {name for name in names[COORDINATOR] if any(f"kill@{name}:" in plan for plan in plans)} == set(
-        names[COORDINATOR]
-    )
+    names = tuple(f"step.{number}" for number in range(40))
+    plans = [Schedule(7, 0, {COORDINATOR: names}).plan_of(COORDINATOR, life) for life in range(800)]
+    assert all(any(f"kill@{name}:" in plan for plan in plans) for name in names)
     assert 300 < sum("step." in plan for plan in plans) < 500
 
 
