@@ -36,7 +36,8 @@ class Schedule:
         names = self.names.get(key, self.names.get("", ()))
         chance = self._chance(f"{key} name", life)
         if names and chance.randrange(2):
-            hit = round(math.exp(chance.uniform(0.0, math.log(MOST_HITS))))
+            # Mostly the first time: some steps come once in a life, or once in a federation.
+            hit = 1 if chance.randrange(2) else round(math.exp(chance.uniform(0.0, math.log(MOST_HITS))))
             # The number too: a life that never comes to that step so often must end all the same.
             plan = f"kill@{chance.choice(names)}:{hit},kill@{LONGEST_LIFE.get(key, LONGEST_LIFE[''])}"
         chance = self._chance(f"{key} full", life)
