@@ -10,7 +10,7 @@ import pytest
 from faults import fuzz_codec
 from faults.fuzz_codec import NUMPY, WORDS, Check, Tally, bases, hunt, hunt_in_processes, mutant_of
 from faults.fuzz_report import Flatness, Progress
-from faults.fuzz_requests import against_a_coordinator, wrong_with
+from faults.fuzz_requests import in_a_process, wrong_with
 
 from common.codec import Layout, check_file, check_header
 from common.errors import NotFinite, WrongSize
@@ -36,8 +36,8 @@ def test_a_hundred_thousand_mutants_find_nothing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-async def test_thousands_of_odd_requests_find_nothing(tmp_path: Path) -> None:
-    tally = await against_a_coordinator(tmp_path, 2026, range(REQUESTS))
+def test_thousands_of_odd_requests_find_nothing(tmp_path: Path) -> None:
+    tally = in_a_process(tmp_path, 2026, REQUESTS)
     assert not tally.breaches
     assert tally.memory.is_flat, tally.memory.sentence
     said = {outcome for _, outcome in tally.outcomes}
