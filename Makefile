@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) --upgrade pip
 	@$(PIP_INSTALL) torch
-	@$(PIP_INSTALL) --editable '.[science]' --group dev
+	@$(PIP_INSTALL) --editable '.[science,quantized,evaluation,tracking]' --group dev
 	@touch $@
 
 check: setup  ## formatting, lint, types, generated code, import table, docs

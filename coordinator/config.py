@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from common.codec import WireDtype
 from common.logs import LogFormat
 from common.settings import Section
+from common.tracking import TrackingConfig
 from coordinator.aggregation.method import MethodOptions, Shrinkage
 from coordinator.federation.state import RankPolicy
 
@@ -63,17 +64,25 @@ class BaseModelConfig(Section):
     """Its name for people: a hub id, or what the folder is called."""
     base_model_digest: str = Field(default="", pattern="^([0-9a-f]{64})?$")
     """What `raflora spec` prints; empty: the first worker's, and all others must match it."""
-    task: Literal["sequence-classification", "image-classification", "feature-classification"]
+    task: Literal["sequence-classification", "image-classification", "feature-classification", "causal-lm"]
     """What is trained."""
-    labels: tuple[str, ...] = Field(min_length=2)
-    """The classes' names, in the order of their numbers."""
+    labels: tuple[str, ...] = ()
+    """The classes' names, in the order of their numbers; a language model has none."""
+
+    @model_validator(mode="after")
+    def _labels_fit_the_task(self) -> "BaseModelConfig":
+        if self.task == "causal-lm" and self.labels:
+            raise ValueError("labels: task 'causal-lm' has no classes; leave them out")
+        if self.task != "causal-lm" and len(self.labels) < 2:
+            raise ValueError(f"labels: task {self.task!r} needs the names of at least two classes")
+        return self
 
 
 class AdapterConfig(Section):
     """Which layers are adapted, and how LoRA is scaled."""
 
     target_modules: tuple[str, ...] = Field(min_length=1)
-    """PEFT's target_modules: names or name endings; ["all-linear"] for every linear layer but the head."""
+    """Names or name endings; * and ? stand for anything; ["all-linear"] for every linear layer but the head."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole beside LoRA (a new classification head); averaged by num_examples."""
     global_rank: Rank
@@ -124,26 +133,31 @@ class RankRule(Section):
     """What it is granted."""
 
 
+_LEVELLED = (RankPolicy.CYCLE, RankPolicy.HARDWARE)
+
+
 class RanksConfig(Section):
     """Who trains at which rank; never above what a client declares or the global rank."""
 
     policy: RankPolicy = RankPolicy.DECLARED
-    """declared: the client's own; table: the first matching rule; cycle: levels in the order of joining."""
+    """declared: the client's own; table: first matching rule; cycle: levels in turn; hardware: by measured memory."""
     table: tuple[RankRule, ...] = ()
     """For the policy table; who matches nothing gets what it declares."""
     levels: tuple[Rank, ...] = ()
-    """For the policy cycle."""
+    """For the policies cycle and hardware."""
+    memory_share: Share = 0.9
+    """hardware: of a client's memory that a training step may take, as `raflora probe` measured it."""
 
     @model_validator(mode="after")
     def _policy_has_its_data(self) -> "RanksConfig":
         if self.policy is RankPolicy.TABLE and not self.table:
             raise ValueError("policy 'table' needs at least one [[ranks.table]] entry")
-        if self.policy is RankPolicy.CYCLE and not self.levels:
-            raise ValueError("policy 'cycle' needs levels, for example [2, 4, 8]")
+        if self.policy in _LEVELLED and not self.levels:
+            raise ValueError(f"policy '{self.policy.value}' needs levels, for example [2, 4, 8]")
         if self.table and self.policy is not RankPolicy.TABLE:
             raise ValueError(f"a table is for policy 'table', but the policy is '{self.policy.value}'")
-        if self.levels and self.policy is not RankPolicy.CYCLE:
-            raise ValueError(f"levels are for policy 'cycle', but the policy is '{self.policy.value}'")
+        if self.levels and self.policy not in _LEVELLED:
+            raise ValueError(f"levels are for the policies cycle and hardware, but the policy is '{self.policy.value}'")
         return self
 
 
@@ -207,6 +221,45 @@ class TrainingConfig(Section):
     """Gradients are clipped to it."""
     warmup_steps: int = Field(default=0, ge=0)
     """Of every round; the optimizer starts anew in each."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """On the input of lora_A, while training."""
+
+
+class EvaluationConfig(Section):
+    """How adapters are evaluated, which one is the best, and when to stop; may change with a restart."""
+
+    method: Literal["loss", "generation", "choice"] = "loss"
+    """loss: and accuracy, if there are classes; generation: exact match; choice: the likeliest of some answers."""
+    max_new_tokens: int = Field(default=256, ge=1, le=32_768)
+    """generation: of one answer."""
+    match: Literal["exact", "last-number"] = "last-number"
+    """generation: when an answer is right; last-number: as in GSM8K, "#### 42"."""
+    max_examples: int = Field(default=0, ge=0)
+    """Of a site's test data that are evaluated; 0: all."""
+    metric: str = Field(default="", pattern=r"^([a-z][a-z0-9_]{0,62})?$")
+    """What the best adapter is best in; unset: accuracy, exact_match or eval_loss, as task and method have it."""
+    goal: Literal["auto", "maximize", "minimize"] = "auto"
+    """auto: a loss is minimized, anything else maximized."""
+    source: Literal["federated", "central"] = "federated"
+    """Whose metric counts: the clients' own data, weighted by examples, or the evaluators'."""
+    patience: int = Field(default=0, ge=0)
+    """End after so many evaluations without an improvement; 0: never."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """What is not better by more than this is no improvement."""
+
+    def metric_of(self, task: str) -> str:
+        """The metric that counts."""
+        if self.metric:
+            return self.metric
+        if self.method == "loss":
+            return "eval_loss" if task == "causal-lm" else "accuracy"
+        return "exact_match" if self.method == "generation" else "accuracy"
+
+    def is_larger_better(self, task: str) -> bool:
+        """Whether more of the metric is better."""
+        if self.goal == "auto":
+            return not (self.metric_of(task).endswith("loss") or self.metric_of(task) == "perplexity")
+        return self.goal == "maximize"
 
 
 class OrganisationLimits(Section):
@@ -291,6 +344,8 @@ class CoordinatorConfig(Section):
     ranks: RanksConfig = RanksConfig()
     aggregation: AggregationConfig = AggregationConfig()
     training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
     limits: LimitsConfig = LimitsConfig()
     store: StoreConfig = StoreConfig()
 

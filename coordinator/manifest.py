@@ -178,6 +178,7 @@ class Manifest:
             rank_policy=ranks.policy,
             rank_table=tuple((rule.client, rule.rank) for rule in ranks.table),
             rank_levels=ranks.levels,
+            memory_share=ranks.memory_share,
         )
 
 

@@ -36,7 +36,13 @@ ONLY_IN: Mapping[frozenset[str], tuple[str, ...]] = {
         "worker/client.py",
         "cli/*",
     ),
-    PROTOBUF: ("coordinator/servicers/*", "coordinator/server*.py", "worker/client.py", "cli/*"),
+    PROTOBUF: (
+        "coordinator/servicers/*",
+        "coordinator/server*.py",
+        "worker/client.py",
+        "worker/wire_messages.py",
+        "cli/*",
+    ),
     CRYPTOGRAPHY: ("common/certificates.py", "coordinator/identity/*", "worker/certificates.py", "cli/*"),
 }
 

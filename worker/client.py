@@ -16,29 +16,25 @@ from raflora.v1 import federation_pb2 as pb
 from raflora.v1 import federation_pb2_grpc as rpc
 from raflora.v1 import identity_pb2, identity_pb2_grpc
 
-from common.adapter import AdapterSpec
 from common.channel import REASON_KEY, Pem, Tls, client_channel, is_loopback
-from common.errors import ConfigError, InvalidRequest, RafloraError, Unavailable
+from common.errors import ConfigError, RafloraError, Unavailable
 from common.transfer import CHUNK_BYTES
 from common.version import PROTOCOL, PROTOCOL_OLDEST
+from worker import wire_messages as wire
 from worker.certificates import Issued
 from worker.config import CoordinatorAddress
 from worker.messages import (
     Blob,
     Enrolment,
     Evaluation,
-    ModelRequest,
     Outcome,
     Place,
     Polled,
     Progress,
-    Task,
-    TaskKind,
     Update,
     Welcome,
 )
 from worker.probe import Step, probe
-from worker.trainer_protocol import Plan
 from worker.wire_errors import meaning_of
 
 POLL_SECONDS = 45.0  # the most that a coordinator grants
@@ -124,51 +120,19 @@ class CoordinatorClient:
             software_version=self._software_version,
         )
         answer = await self._answer(self._line.federation.Handshake(request, timeout=self._rpc_seconds))
-        return Welcome(
-            protocol=answer.protocol,
-            federation=answer.federation,
-            model=ModelRequest(
-                base_model=answer.model.base_model,
-                base_model_digest=answer.model.base_model_digest,
-                task=answer.model.task,
-                labels=tuple(answer.model.labels),
-                target_modules=tuple(answer.model.target_modules),
-                modules_to_save=tuple(answer.model.modules_to_save),
-                global_rank=answer.model.global_rank,
-                seed=answer.model.seed,
-            ),
-        )
+        return wire.welcome_of(answer)
 
     async def join(self, enrolment: Enrolment) -> Place:
         """Enrols. Raises BaseModelMismatch, SpecMismatch, IdentityConflict, Evicted."""
-        profile = enrolment.profile
-        request = pb.JoinRequest(
-            protocol=enrolment.protocol,
-            **self._me,
-            profile=pb.RankProfile(
-                max_rank=profile.max_rank,
-                device=profile.device,
-                memory_bytes=profile.memory_bytes,
-                num_examples=profile.num_examples,
-            ),
-            base_model_digest=enrolment.base_model_digest,
-            spec=_spec(enrolment.spec),
-            software_version=self._software_version,
-        )
+        request = wire.join_request(enrolment, self._me, self._software_version)
         answer = await self._answer(self._line.federation.Join(request, timeout=self._rpc_seconds))
-        return Place(
-            lora_rank=answer.lora_rank,
-            manifest_digest=answer.manifest_digest,
-            heartbeat_seconds=answer.heartbeat_seconds,
-            wire_dtype=answer.wire_dtype,
-            status_sentence=answer.status_sentence,
-        )
+        return wire.place_of(answer)
 
     async def poll_task(self, wait_seconds: float = POLL_SECONDS) -> Polled:
         """Waits for work."""
         request = pb.PollTaskRequest(**self._me, wait_seconds=wait_seconds, session=self._session)
         answer = await self._answer(self._line.federation.PollTask(request, timeout=wait_seconds + _POLL_GRACE_SECONDS))
-        tasks = (_task(answer.task),) if answer.HasField("task") else ()
+        tasks = (wire.task_of(answer.task),) if answer.HasField("task") else ()
         return Polled(tasks, answer.finished, answer.status_sentence)
 
     async def heartbeat(self, lease_token: int, progress: Progress) -> bool:
@@ -203,7 +167,7 @@ class CoordinatorClient:
         request = pb.BeginUploadRequest(
             **self._me,
             lease_token=lease_token,
-            blob=_blob(blob),
+            blob=wire.blob(blob),
         )
         answer = await self._answer(self._line.federation.BeginUpload(request, timeout=self._rpc_seconds))
         return answer.committed_bytes
@@ -236,14 +200,14 @@ class CoordinatorClient:
             lease_token=update.task.lease_token,
             round=update.task.round,
             attempt=update.task.attempt,
-            blob=_blob(update.blob),
+            blob=wire.blob(update.blob),
             slice_digest=update.task.adapter.digest,
             num_examples=update.num_examples,
             metrics=update.metrics,
             training_seconds=update.training_seconds,
         )
         answer = await self._answer(self._line.federation.SubmitUpdate(request, timeout=self._rpc_seconds))
-        return _outcome(answer.outcome)
+        return wire.outcome_of(answer.outcome)
 
     async def submit_evaluation(self, evaluation: Evaluation) -> Outcome:
         """Commits an evaluation; repeating it changes nothing."""
@@ -257,7 +221,7 @@ class CoordinatorClient:
             metrics=evaluation.metrics,
         )
         answer = await self._answer(self._line.federation.SubmitEvaluation(request, timeout=self._rpc_seconds))
-        return _outcome(answer.outcome)
+        return wire.outcome_of(answer.outcome)
 
     async def fail_task(self, lease_token: int, reason: str, message: str) -> bool:
         """Gives a task back; whether this client may be given it again."""
@@ -336,59 +300,3 @@ async def _send(
 
 def _stream_seconds(size_bytes: int) -> float:
     return _STREAM_SECONDS + size_bytes / _SLOWEST_BYTES_PER_SECOND
-
-
-def _blob(blob: Blob) -> pb.BlobReference:
-    return pb.BlobReference(digest=blob.digest, size_bytes=blob.size_bytes)
-
-
-def _spec(spec: AdapterSpec) -> pb.AdapterSpec:
-    return pb.AdapterSpec(
-        modules=[
-            pb.ModuleShape(name=m.name, out_features=m.out_features, in_features=m.in_features) for m in spec.modules
-        ],
-        tensors=[pb.TensorShape(name=t.name, shape=t.shape) for t in spec.tensors],
-    )
-
-
-_KINDS = {pb.TASK_KIND_TRAIN: TaskKind.TRAIN, pb.TASK_KIND_EVALUATE: TaskKind.EVALUATE}
-_OUTCOMES = {
-    pb.SUBMIT_OUTCOME_ACCEPTED: Outcome.ACCEPTED,
-    pb.SUBMIT_OUTCOME_DUPLICATE: Outcome.DUPLICATE,
-    pb.SUBMIT_OUTCOME_STALE: Outcome.STALE,
-    pb.SUBMIT_OUTCOME_SUPERSEDED: Outcome.SUPERSEDED,
-    pb.SUBMIT_OUTCOME_ROUND_CLOSED: Outcome.ROUND_CLOSED,
-}
-
-
-def _task(task: pb.Task) -> Task:
-    if task.kind not in _KINDS:
-        raise InvalidRequest(f"task of round {task.round}: kind {task.kind} is unknown to this version")
-    plan = task.plan
-    return Task(
-        kind=_KINDS[task.kind],
-        round=task.round,
-        attempt=task.attempt,
-        lease_token=task.lease_token,
-        lora_rank=task.lora_rank,
-        scaling=task.scaling,
-        adapter=Blob(task.adapter.digest, task.adapter.size_bytes),
-        plan=Plan(
-            learning_rate=plan.learning_rate,
-            local_steps=plan.local_steps,
-            local_epochs=plan.local_epochs,
-            batch_size=plan.batch_size,
-            weight_decay=plan.weight_decay,
-            max_grad_norm=plan.max_grad_norm,
-            warmup_steps=plan.warmup_steps,
-            seed=plan.seed,
-            freezes_lora_A=plan.freezes_lora_a,
-        ),
-        manifest_digest=task.manifest_digest,
-    )
-
-
-def _outcome(outcome: pb.SubmitOutcome) -> Outcome:
-    if outcome not in _OUTCOMES:
-        raise InvalidRequest(f"submission: outcome {outcome} is unknown to this version")
-    return _OUTCOMES[outcome]

@@ -7,12 +7,14 @@ from pydantic import Field, model_validator
 
 from common.logs import LogFormat
 from common.settings import Section
+from common.tracking import TrackingConfig
 
+LAYER_PATTERN = r"^[A-Za-z0-9_*?-]+(\.[A-Za-z0-9_*?-]+)*$"  # * and ? stand for anything, matched in linear time
 LAYER_NAME = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$"  # no pattern language: what has one may run for ever
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 LayerName = Annotated[str, Field(pattern=LAYER_NAME)]
-KNOWN_TASKS = ("sequence-classification", "image-classification", "feature-classification")
+KNOWN_TASKS = ("sequence-classification", "image-classification", "feature-classification", "causal-lm")
 TaskName = Annotated[str, Field(pattern=f"^({'|'.join(KNOWN_TASKS)})$")]
 
 
@@ -53,6 +55,10 @@ class ModelConfig(Section):
     """A hub commit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen weights in memory; LoRA factors are always trained in float32."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Of the frozen weights in memory, through bitsandbytes: pip install "raflora[quantized]"."""
+    gradient_checkpointing: bool = False
+    """Less memory for activations, about a third more time for a step."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1"; auto takes a GPU if there is one."""
     offline: bool = False
@@ -84,8 +90,26 @@ class DataConfig(Section):
     """For feature classification: a list of numbers, or for token features a list of such lists."""
     label_column: str = "label"
     """A class's number or its name."""
+    format: Literal["auto", "prompt-response", "messages", "text"] = "auto"
+    """For language models: which columns a record has; auto looks at the first record."""
+    prompt_column: str = "prompt"
+    """For language models: what the model is given; no loss on it."""
+    response_column: str = "response"
+    """For language models: what it should answer; loss on this alone."""
+    messages_column: str = "messages"
+    """For language models: a list of {"role", "content"}; loss on the assistant's turns alone."""
+    prompt_template: str = "{prompt}"
+    """For prompt and response without a chat template: {prompt} stands for the column's text."""
+    chat: bool = False
+    """Prompt and response as two turns through the tokenizer's chat template."""
+    choices_column: str = "choices"
+    """For evaluation by choice: a list of possible answers, or of which `answer_column` names the right one."""
+    answer_column: str = "answer"
+    """For evaluation by choice: the right one's number, letter (A, B, ...) or text."""
+    packing: bool = False
+    """For language models: several examples in one sequence of max_length."""
     max_length: int = Field(default=256, ge=8, le=131_072)
-    """Tokens a text is cut to."""
+    """Tokens a text is cut to; an example of a language model whose answer would be cut away is left out, and told."""
     max_examples: int | None = Field(default=None, ge=1)
     """Use no more than so many."""
 
@@ -123,10 +147,28 @@ class SitePolicy(Section):
     """Evaluations in all; likewise."""
     min_examples: int = Field(default=1, ge=1)
     """A site with fewer training examples does not take part."""
+    max_new_tokens: int = Field(default=4096, ge=0)
+    """Tokens that one generated answer of an evaluation may take; 0: nothing is generated."""
     may_send_metrics: bool = True
     """Whether losses and accuracies leave; if not, there is no evaluation for anybody and no loss in a sign of life."""
     require_offline: bool = False
     """Refuse to start unless model.offline is set."""
+
+
+class LaunchConfig(Section):
+    """Several GPUs of this machine, or of several, for one worker: the agent launches the group, one process talks."""
+
+    processes: int = Field(default=1, ge=1, le=1024)
+    """Training processes on this machine, a GPU each (torchrun); 1: no group."""
+    accelerate_config: Path | None = None
+    """A file of `accelerate config` (DDP, FSDP, DeepSpeed); it says how many processes there are."""
+    command: tuple[str, ...] = ()
+    """A launcher of your own (srun, mpirun, ...): what stands before `python -m worker.trainer`."""
+
+    @property
+    def is_group(self) -> bool:
+        """Whether there is more than one process."""
+        return self.processes > 1 or self.accelerate_config is not None or bool(self.command)
 
 
 class WorkerConfig(Section):
@@ -134,8 +176,10 @@ class WorkerConfig(Section):
 
     name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,99})?$")
     """The client id; unset: the host's name."""
-    rank: int = Field(ge=1, le=4096)
-    """The largest LoRA rank that this machine can train."""
+    rank: int = Field(default=0, ge=0, le=4096)
+    """The largest LoRA rank that this machine can train; 0: what `raflora probe` proposed here."""
+    evaluator: bool = False
+    """Train nothing: evaluate every adapter on this site's test data, for the operator."""
     state_dir: Path = Path("worker-state")
     """Part files, the enrolment key and a sign of life; survives a restart."""
     threads: int = Field(default=0, ge=0)
@@ -149,6 +193,8 @@ class WorkerConfig(Section):
     coordinator: CoordinatorAddress = CoordinatorAddress()
     model: ModelConfig
     data: DataConfig
+    launch: LaunchConfig = LaunchConfig()
+    tracking: TrackingConfig = TrackingConfig()
     policy: SitePolicy = SitePolicy()
     policy_file: Path | None = None
     """The same keys as [policy] in a file of its own, for whoever answers for the data; the stricter of both holds."""

@@ -4,12 +4,12 @@ Text that the coordinator sends is cleaned as it comes in, so that no log line a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from common.adapter import AdapterSpec
 from common.plain import plain
-from worker.trainer_protocol import Plan
+from worker.trainer_protocol import EvaluationPlan, Plan
 
 MAX_TEXT_CHARACTERS = 1000  # of anything that the coordinator says and a person may read
 
@@ -64,13 +64,26 @@ class Welcome:
 
 
 @dataclass(frozen=True)
+class MemoryMeasurement:
+    """What a dry training step took here: a straight line over the rank (raflora.v1.MemoryMeasurement)."""
+
+    base_bytes: int
+    bytes_per_rank: int
+    micro_batch: int
+    quantization: str
+
+
+@dataclass(frozen=True)
 class RankProfile:
     """What this client can afford and holds."""
 
     max_rank: int
     device: str
     memory_bytes: int
-    num_examples: int
+    num_examples: int  # of training; of an evaluator, of its test data
+    examples_per_second: float = 0.0  # 0: not measured
+    measured: MemoryMeasurement | None = None
+    evaluates_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,9 +105,11 @@ class Place:
     heartbeat_seconds: float
     wire_dtype: str
     status_sentence: str
+    rank_reason: str = ""  # why this rank
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status_sentence", printable(self.status_sentence))
+        object.__setattr__(self, "rank_reason", printable(self.rank_reason))
 
 
 @dataclass(frozen=True)
@@ -118,6 +133,7 @@ class Task:
     adapter: Blob
     plan: Plan
     manifest_digest: str
+    evaluation: EvaluationPlan = field(default_factory=EvaluationPlan)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "manifest_digest", printable(self.manifest_digest))

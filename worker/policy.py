@@ -43,6 +43,7 @@ def stricter(one: SitePolicy, other: SitePolicy) -> SitePolicy:
         max_updates=_least(one.max_updates, other.max_updates),
         max_evaluations=_least(one.max_evaluations, other.max_evaluations),
         min_examples=max(one.min_examples, other.min_examples),
+        max_new_tokens=min(one.max_new_tokens, other.max_new_tokens),
         may_send_metrics=one.may_send_metrics and other.may_send_metrics,
         require_offline=one.require_offline or other.require_offline,
     )

@@ -17,7 +17,7 @@ MAX_LINE_BYTES = 4 << 20  # a spec of thousands of modules fits; anything longer
 class ModelOrder:
     """The coordinator's half of what to load; the site's config has the other half (paths, device)."""
 
-    task: str  # "sequence-classification", "image-classification"
+    task: str  # one of worker.config.KNOWN_TASKS
     labels: tuple[str, ...]
     target_modules: tuple[str, ...]
     modules_to_save: tuple[str, ...]
@@ -38,6 +38,17 @@ class Plan:
     warmup_steps: int
     seed: int
     freezes_lora_A: bool = False  # lora_B alone is trained; lora_A goes back bit for bit
+    lora_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """How to evaluate (raflora.v1.EvaluationPlan)."""
+
+    method: str = "loss"  # "loss", "generation", "choice"
+    max_new_tokens: int = 0
+    match: str = "exact"  # "exact", "last-number"
+    max_examples: int = 0  # 0: all
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ class Evaluate:
     lora_rank: int
     scaling: float
     wire_dtype: str
+    plan: EvaluationPlan = EvaluationPlan()
 
 
 @dataclass(frozen=True)
@@ -174,7 +186,7 @@ def _request(kind: object, content: dict[str, Any]) -> Request:
         case "Train":
             return Train(plan=Plan(**content.pop("plan")), **content)
         case "Evaluate":
-            return Evaluate(**content)
+            return Evaluate(plan=EvaluationPlan(**content.pop("plan")), **content)
         case "Stop":
             return Stop(**content)
         case other:

@@ -15,7 +15,7 @@ def grant_rank(rules: Rules, client_id: str, profile: Profile, order: int) -> in
         case RankPolicy.TABLE:
             matches = (rank for pattern, rank in rules.rank_table if fnmatchcase(client_id, pattern))
             wanted = next(matches, profile.max_rank)
-        case RankPolicy.CYCLE:
+        case RankPolicy.CYCLE | RankPolicy.HARDWARE:
             wanted = rules.rank_levels[order % len(rules.rank_levels)]
         case _:
             assert_never(rules.rank_policy)

@@ -37,12 +37,24 @@ class RankPolicy(StrEnum):
     DECLARED = "declared"  # the client's own max_rank
     TABLE = "table"  # the operator's table of client-id patterns
     CYCLE = "cycle"  # the operator's levels in the order of joining: unequal ranks for equal machines
+    HARDWARE = "hardware"  # the operator's largest level that fits the client's measured memory
 
 
 def part_of(share: float, count: int) -> int:
     """The share of a count, rounded up to whole clients."""
     # 0.07 * 100 is 7.000000000000001 in binary, and means seven.
     return ceil(round(share * count, 9))
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """Which evaluation counts, what is better, and when to give up hope."""
+
+    metric: str = ""  # empty: nothing counts
+    is_larger_better: bool = True
+    is_central: bool = False  # the evaluators' metrics; else the clients' own, by num_examples
+    min_delta: float = 0.0  # what is not better by more than this is no improvement
+    patience: int = 0  # counted evaluations without an improvement; 0: never
 
 
 @dataclass(frozen=True)
@@ -63,12 +75,24 @@ class Rules:
     max_clients: int = 10_000  # that may ever join
     rank_policy: RankPolicy = RankPolicy.DECLARED
     rank_table: tuple[tuple[str, int], ...] = ()  # (client-id pattern, rank), first match wins
-    rank_levels: tuple[int, ...] = ()
+    rank_levels: tuple[int, ...] = ()  # cycle, hardware
+    memory_share: float = 0.9  # hardware: of a client's memory that a step may take
+    stopping: "Stopping" = Stopping()
 
     def quorum_of(self, cohort: int) -> int:
         """How many updates a round of this cohort needs."""
         wanted = part_of(self.quorum, cohort) if self.quorum <= 1 else int(self.quorum)
         return max(1, min(wanted, cohort))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a dry training step took on a client's device: base_bytes + rank * bytes_per_rank."""
+
+    base_bytes: int
+    bytes_per_rank: int
+    micro_batch: int
+    quantization: str = "none"
 
 
 @dataclass(frozen=True)
@@ -81,6 +105,8 @@ class Profile:
     memory_bytes: int = 0
     examples_per_second: float = 0.0
     software_version: str = ""
+    measured: Measured | None = None
+    evaluates_only: bool = False  # an evaluator: in no cohort that trains
 
 
 @dataclass(frozen=True)
@@ -94,6 +120,7 @@ class Client:
     order: int  # of joining, from 0
     membership: Membership = Membership.ACTIVE
     rank_is_set: bool = False  # by an operator: policies no longer touch it
+    rank_reason: str = ""  # why this rank, in a sentence
     rounds_contributed: int = 0
     last_failure: str = ""
 
@@ -240,6 +267,16 @@ class RoundRecord:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The published adapter whose counted evaluation was best."""
+
+    round: int
+    adapter_digest: str
+    value: float
+    evaluations_since: int = 0  # counted ones without an improvement
+
+
+@dataclass(frozen=True)
 class State:
     """Everything that survives a restart."""
 
@@ -257,6 +294,8 @@ class State:
     is_paused: bool = False
     pause_reason: str = ""
     last_abandoned: str = ""  # why the newest attempt of the coming round was given up
+    best: "Best | None" = None
+    stopped_early: str = ""  # why the federation ended before its last round
 
     @property
     def known_rules(self) -> Rules:

@@ -18,7 +18,7 @@ from common.plain import plain
 from common.transfer import CHUNK_BYTES, chunks_of
 from common.version import PROTOCOL, PROTOCOL_OLDEST, software_version
 from coordinator.federation.requests import Outcome, SubmitEvaluation, SubmitUpdate
-from coordinator.federation.state import Evaluation, Kind, Phase, Profile, Update
+from coordinator.federation.state import Evaluation, Kind, Measured, Phase, Profile, Update
 from coordinator.identity.caller import own_client_id, own_enrol_key, present_caller
 from coordinator.intake import MAX_METRICS
 from coordinator.service import MAX_FAILURE_CHARS, CoordinatorService, Progress, Task
@@ -79,6 +79,8 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             memory_bytes=request.profile.memory_bytes,
             examples_per_second=request.profile.examples_per_second,
             software_version=plain(request.software_version, _MAX_WORD_CHARS),
+            measured=_measured(request.profile),
+            evaluates_only=request.profile.evaluates_only,
         )
         caller = present_caller()
         if caller is not None and caller.is_registered:
@@ -91,6 +93,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         reach("join.answering")
         return pb.JoinResponse(
             lora_rank=client.rank,
+            rank_reason=client.rank_reason,
             manifest_digest=manifest.digest,
             heartbeat_seconds=min(lease_ttl_seconds / 3, _LONGEST_HEARTBEAT_SECONDS),
             lease_ttl_seconds=lease_ttl_seconds,
@@ -214,6 +217,15 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         reach("leave.answering")
         return pb.LeaveResponse()
 
+    def _evaluation(self) -> pb.EvaluationPlan:
+        wanted = self._service.config.evaluation
+        return pb.EvaluationPlan(
+            method=wanted.method,
+            max_new_tokens=wanted.max_new_tokens if wanted.method == "generation" else 0,
+            match=wanted.match,
+            max_examples=wanted.max_examples,
+        )
+
     def _message_of(self, task: Task) -> pb.Task:
         training = task.plan.training
         return pb.Task(
@@ -234,10 +246,24 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
                 warmup_steps=training.warmup_steps,
                 seed=task.plan.seed,
                 freezes_lora_a=task.plan.freezes_lora_A,
+                lora_dropout=training.lora_dropout,
             ),
+            evaluation=self._evaluation() if task.kind is Kind.EVALUATE else None,
             deadline_seconds=task.deadline_seconds,
             manifest_digest=self._service.foundation.known_manifest.digest,
         )
+
+
+def _measured(profile: pb.RankProfile) -> Measured | None:
+    if not profile.HasField("measured"):
+        return None
+    measured = profile.measured
+    return Measured(
+        base_bytes=measured.base_bytes,
+        bytes_per_rank=measured.bytes_per_rank,
+        micro_batch=measured.micro_batch,
+        quantization=plain(measured.quantization, _MAX_WORD_CHARS),
+    )
 
 
 async def _data_of(messages: AsyncIterator[pb.UploadAdapterRequest]) -> AsyncGenerator[bytes, None]:

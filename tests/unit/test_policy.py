@@ -121,6 +121,7 @@ LOOSE_AND_STRICT: dict[str, tuple[Any, Any, Any]] = {  # one, other, what both a
     "max_updates": (0, None, 0),
     "max_evaluations": (3, 2, 2),
     "min_examples": (1, 100, 100),
+    "max_new_tokens": (4096, 64, 64),
     "may_send_metrics": (True, False, False),
     "require_offline": (True, False, True),
 }

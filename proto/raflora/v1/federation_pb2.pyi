@@ -111,18 +111,34 @@ class HandshakeResponse(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., software_version: _Optional[str] = ..., federation: _Optional[str] = ..., model: _Optional[_Union[ModelRequest, _Mapping]] = ..., wall_time_seconds: _Optional[float] = ...) -> None: ...
 
 class RankProfile(_message.Message):
-    __slots__ = ("max_rank", "device", "memory_bytes", "num_examples", "examples_per_second")
+    __slots__ = ("max_rank", "device", "memory_bytes", "num_examples", "examples_per_second", "measured", "evaluates_only")
     MAX_RANK_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    EVALUATES_ONLY_FIELD_NUMBER: _ClassVar[int]
     max_rank: int
     device: str
     memory_bytes: int
     num_examples: int
     examples_per_second: float
-    def __init__(self, max_rank: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., examples_per_second: _Optional[float] = ...) -> None: ...
+    measured: MemoryMeasurement
+    evaluates_only: bool
+    def __init__(self, max_rank: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., examples_per_second: _Optional[float] = ..., measured: _Optional[_Union[MemoryMeasurement, _Mapping]] = ..., evaluates_only: _Optional[bool] = ...) -> None: ...
+
+class MemoryMeasurement(_message.Message):
+    __slots__ = ("base_bytes", "bytes_per_rank", "micro_batch", "quantization")
+    BASE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_RANK_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    base_bytes: int
+    bytes_per_rank: int
+    micro_batch: int
+    quantization: str
+    def __init__(self, base_bytes: _Optional[int] = ..., bytes_per_rank: _Optional[int] = ..., micro_batch: _Optional[int] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
     __slots__ = ("protocol", "client_id", "enrol_key", "profile", "base_model_digest", "spec", "software_version")
@@ -143,7 +159,7 @@ class JoinRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client_id: _Optional[str] = ..., enrol_key: _Optional[str] = ..., profile: _Optional[_Union[RankProfile, _Mapping]] = ..., base_model_digest: _Optional[str] = ..., spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., software_version: _Optional[str] = ...) -> None: ...
 
 class JoinResponse(_message.Message):
-    __slots__ = ("lora_rank", "manifest_digest", "heartbeat_seconds", "lease_ttl_seconds", "chunk_bytes", "wire_dtype", "status_sentence")
+    __slots__ = ("lora_rank", "manifest_digest", "heartbeat_seconds", "lease_ttl_seconds", "chunk_bytes", "wire_dtype", "status_sentence", "rank_reason")
     LORA_RANK_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +167,7 @@ class JoinResponse(_message.Message):
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     STATUS_SENTENCE_FIELD_NUMBER: _ClassVar[int]
+    RANK_REASON_FIELD_NUMBER: _ClassVar[int]
     lora_rank: int
     manifest_digest: str
     heartbeat_seconds: float
@@ -158,7 +175,8 @@ class JoinResponse(_message.Message):
     chunk_bytes: int
     wire_dtype: str
     status_sentence: str
-    def __init__(self, lora_rank: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., heartbeat_seconds: _Optional[float] = ..., lease_ttl_seconds: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., status_sentence: _Optional[str] = ...) -> None: ...
+    rank_reason: str
+    def __init__(self, lora_rank: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., heartbeat_seconds: _Optional[float] = ..., lease_ttl_seconds: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., status_sentence: _Optional[str] = ..., rank_reason: _Optional[str] = ...) -> None: ...
 
 class PollTaskRequest(_message.Message):
     __slots__ = ("client_id", "enrol_key", "wait_seconds", "session")
@@ -183,7 +201,7 @@ class PollTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., finished: _Optional[bool] = ..., status_sentence: _Optional[str] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("kind", "round", "attempt", "lease_token", "lora_rank", "scaling", "adapter", "plan", "deadline_seconds", "manifest_digest")
+    __slots__ = ("kind", "round", "attempt", "lease_token", "lora_rank", "scaling", "adapter", "plan", "deadline_seconds", "manifest_digest", "evaluation")
     KIND_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +212,7 @@ class Task(_message.Message):
     PLAN_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
     kind: TaskKind
     round: int
     attempt: int
@@ -204,7 +223,20 @@ class Task(_message.Message):
     plan: TrainingPlan
     deadline_seconds: float
     manifest_digest: str
-    def __init__(self, kind: _Optional[_Union[TaskKind, str]] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., lease_token: _Optional[int] = ..., lora_rank: _Optional[int] = ..., scaling: _Optional[float] = ..., adapter: _Optional[_Union[BlobReference, _Mapping]] = ..., plan: _Optional[_Union[TrainingPlan, _Mapping]] = ..., deadline_seconds: _Optional[float] = ..., manifest_digest: _Optional[str] = ...) -> None: ...
+    evaluation: EvaluationPlan
+    def __init__(self, kind: _Optional[_Union[TaskKind, str]] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., lease_token: _Optional[int] = ..., lora_rank: _Optional[int] = ..., scaling: _Optional[float] = ..., adapter: _Optional[_Union[BlobReference, _Mapping]] = ..., plan: _Optional[_Union[TrainingPlan, _Mapping]] = ..., deadline_seconds: _Optional[float] = ..., manifest_digest: _Optional[str] = ..., evaluation: _Optional[_Union[EvaluationPlan, _Mapping]] = ...) -> None: ...
+
+class EvaluationPlan(_message.Message):
+    __slots__ = ("method", "max_new_tokens", "match", "max_examples")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MATCH_FIELD_NUMBER: _ClassVar[int]
+    MAX_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    max_new_tokens: int
+    match: str
+    max_examples: int
+    def __init__(self, method: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., match: _Optional[str] = ..., max_examples: _Optional[int] = ...) -> None: ...
 
 class BlobReference(_message.Message):
     __slots__ = ("digest", "size_bytes")
@@ -215,7 +247,7 @@ class BlobReference(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class TrainingPlan(_message.Message):
-    __slots__ = ("learning_rate", "local_steps", "local_epochs", "batch_size", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "freezes_lora_a")
+    __slots__ = ("learning_rate", "local_steps", "local_epochs", "batch_size", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "freezes_lora_a", "lora_dropout")
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_EPOCHS_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +257,7 @@ class TrainingPlan(_message.Message):
     WARMUP_STEPS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     FREEZES_LORA_A_FIELD_NUMBER: _ClassVar[int]
+    LORA_DROPOUT_FIELD_NUMBER: _ClassVar[int]
     learning_rate: float
     local_steps: int
     local_epochs: float
@@ -234,7 +267,8 @@ class TrainingPlan(_message.Message):
     warmup_steps: int
     seed: int
     freezes_lora_a: bool
-    def __init__(self, learning_rate: _Optional[float] = ..., local_steps: _Optional[int] = ..., local_epochs: _Optional[float] = ..., batch_size: _Optional[int] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., warmup_steps: _Optional[int] = ..., seed: _Optional[int] = ..., freezes_lora_a: _Optional[bool] = ...) -> None: ...
+    lora_dropout: float
+    def __init__(self, learning_rate: _Optional[float] = ..., local_steps: _Optional[int] = ..., local_epochs: _Optional[float] = ..., batch_size: _Optional[int] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., warmup_steps: _Optional[int] = ..., seed: _Optional[int] = ..., freezes_lora_a: _Optional[bool] = ..., lora_dropout: _Optional[float] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("client_id", "enrol_key", "lease_token", "progress", "session")

@@ -58,7 +58,7 @@ class WatchStatusResponse(_message.Message):
     def __init__(self, status: _Optional[_Union[FederationStatus, _Mapping]] = ...) -> None: ...
 
 class FederationStatus(_message.Message):
-    __slots__ = ("federation", "software_version", "phase", "paused", "round", "num_rounds", "explanation", "method", "manifest_digest", "adapter_digest", "global_rank", "assignments", "quorum", "deadline_seconds", "last_round", "forecast", "bytes_sent", "bytes_received", "uptime_seconds", "clients_connected", "clients_known", "base_model", "task", "warnings", "security", "disk_bytes", "disk_free_bytes", "uploads_open")
+    __slots__ = ("federation", "software_version", "phase", "paused", "round", "num_rounds", "explanation", "method", "manifest_digest", "adapter_digest", "global_rank", "assignments", "quorum", "deadline_seconds", "last_round", "forecast", "bytes_sent", "bytes_received", "uptime_seconds", "clients_connected", "clients_known", "base_model", "task", "warnings", "security", "disk_bytes", "disk_free_bytes", "uploads_open", "best")
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,7 @@ class FederationStatus(_message.Message):
     DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     UPLOADS_OPEN_FIELD_NUMBER: _ClassVar[int]
+    BEST_FIELD_NUMBER: _ClassVar[int]
     federation: str
     software_version: str
     phase: Phase
@@ -115,7 +116,26 @@ class FederationStatus(_message.Message):
     disk_bytes: int
     disk_free_bytes: int
     uploads_open: int
-    def __init__(self, federation: _Optional[str] = ..., software_version: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., paused: _Optional[bool] = ..., round: _Optional[int] = ..., num_rounds: _Optional[int] = ..., explanation: _Optional[str] = ..., method: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., global_rank: _Optional[int] = ..., assignments: _Optional[_Iterable[_Union[AssignmentStatus, _Mapping]]] = ..., quorum: _Optional[int] = ..., deadline_seconds: _Optional[float] = ..., last_round: _Optional[_Union[RoundSummary, _Mapping]] = ..., forecast: _Optional[_Union[CollapseForecast, _Mapping]] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., clients_connected: _Optional[int] = ..., clients_known: _Optional[int] = ..., base_model: _Optional[str] = ..., task: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., security: _Optional[str] = ..., disk_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., uploads_open: _Optional[int] = ...) -> None: ...
+    best: BestAdapter
+    def __init__(self, federation: _Optional[str] = ..., software_version: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., paused: _Optional[bool] = ..., round: _Optional[int] = ..., num_rounds: _Optional[int] = ..., explanation: _Optional[str] = ..., method: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., global_rank: _Optional[int] = ..., assignments: _Optional[_Iterable[_Union[AssignmentStatus, _Mapping]]] = ..., quorum: _Optional[int] = ..., deadline_seconds: _Optional[float] = ..., last_round: _Optional[_Union[RoundSummary, _Mapping]] = ..., forecast: _Optional[_Union[CollapseForecast, _Mapping]] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., clients_connected: _Optional[int] = ..., clients_known: _Optional[int] = ..., base_model: _Optional[str] = ..., task: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., security: _Optional[str] = ..., disk_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., uploads_open: _Optional[int] = ..., best: _Optional[_Union[BestAdapter, _Mapping]] = ...) -> None: ...
+
+class BestAdapter(_message.Message):
+    __slots__ = ("round", "digest", "metric", "value", "source", "evaluations_since", "patience")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    EVALUATIONS_SINCE_FIELD_NUMBER: _ClassVar[int]
+    PATIENCE_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    digest: str
+    metric: str
+    value: float
+    source: str
+    evaluations_since: int
+    patience: int
+    def __init__(self, round: _Optional[int] = ..., digest: _Optional[str] = ..., metric: _Optional[str] = ..., value: _Optional[float] = ..., source: _Optional[str] = ..., evaluations_since: _Optional[int] = ..., patience: _Optional[int] = ...) -> None: ...
 
 class AssignmentStatus(_message.Message):
     __slots__ = ("client_id", "lora_rank", "state", "activity", "step", "total_steps", "train_loss", "silent_seconds", "late", "failures", "last_failure")
@@ -158,7 +178,21 @@ class CollapseForecast(_message.Message):
     def __init__(self, smallest_rank: _Optional[int] = ..., largest_rank: _Optional[int] = ..., factor: _Optional[float] = ..., half_life_rounds: _Optional[float] = ..., sentence: _Optional[str] = ...) -> None: ...
 
 class RoundSummary(_message.Message):
-    __slots__ = ("round", "attempts", "adapter_digest", "partitions", "rho", "effective_rank", "rank_99", "energy", "energy_lost", "contributions", "evaluations", "accuracy", "eval_loss", "bytes_sent", "bytes_received", "training_seconds", "aggregation_seconds", "evaluation_seconds", "learning_rate", "train_loss")
+    __slots__ = ("round", "attempts", "adapter_digest", "partitions", "rho", "effective_rank", "rank_99", "energy", "energy_lost", "contributions", "evaluations", "accuracy", "eval_loss", "bytes_sent", "bytes_received", "training_seconds", "aggregation_seconds", "evaluation_seconds", "learning_rate", "train_loss", "rank_levels", "federated_metrics", "central_metrics")
+    class FederatedMetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class CentralMetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +213,9 @@ class RoundSummary(_message.Message):
     EVALUATION_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
+    RANK_LEVELS_FIELD_NUMBER: _ClassVar[int]
+    FEDERATED_METRICS_FIELD_NUMBER: _ClassVar[int]
+    CENTRAL_METRICS_FIELD_NUMBER: _ClassVar[int]
     round: int
     attempts: int
     adapter_digest: str
@@ -199,7 +236,10 @@ class RoundSummary(_message.Message):
     evaluation_seconds: float
     learning_rate: float
     train_loss: float
-    def __init__(self, round: _Optional[int] = ..., attempts: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., partitions: _Optional[_Iterable[_Union[RankPartition, _Mapping]]] = ..., rho: _Optional[float] = ..., effective_rank: _Optional[float] = ..., rank_99: _Optional[int] = ..., energy: _Optional[float] = ..., energy_lost: _Optional[float] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., evaluations: _Optional[_Iterable[_Union[EvaluationSummary, _Mapping]]] = ..., accuracy: _Optional[float] = ..., eval_loss: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., training_seconds: _Optional[float] = ..., aggregation_seconds: _Optional[float] = ..., evaluation_seconds: _Optional[float] = ..., learning_rate: _Optional[float] = ..., train_loss: _Optional[float] = ...) -> None: ...
+    rank_levels: _containers.RepeatedCompositeFieldContainer[RankLevelSummary]
+    federated_metrics: _containers.ScalarMap[str, float]
+    central_metrics: _containers.ScalarMap[str, float]
+    def __init__(self, round: _Optional[int] = ..., attempts: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., partitions: _Optional[_Iterable[_Union[RankPartition, _Mapping]]] = ..., rho: _Optional[float] = ..., effective_rank: _Optional[float] = ..., rank_99: _Optional[int] = ..., energy: _Optional[float] = ..., energy_lost: _Optional[float] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., evaluations: _Optional[_Iterable[_Union[EvaluationSummary, _Mapping]]] = ..., accuracy: _Optional[float] = ..., eval_loss: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., training_seconds: _Optional[float] = ..., aggregation_seconds: _Optional[float] = ..., evaluation_seconds: _Optional[float] = ..., learning_rate: _Optional[float] = ..., train_loss: _Optional[float] = ..., rank_levels: _Optional[_Iterable[_Union[RankLevelSummary, _Mapping]]] = ..., federated_metrics: _Optional[_Mapping[str, float]] = ..., central_metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class RankPartition(_message.Message):
     __slots__ = ("low", "high", "energy_share", "contributors", "effective_contributors", "rounds_uncovered")
@@ -235,8 +275,27 @@ class Contribution(_message.Message):
     training_seconds: float
     def __init__(self, client_id: _Optional[str] = ..., lora_rank: _Optional[int] = ..., num_examples: _Optional[int] = ..., digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., train_loss: _Optional[float] = ..., training_seconds: _Optional[float] = ...) -> None: ...
 
+class RankLevelSummary(_message.Message):
+    __slots__ = ("lora_rank", "clients", "num_examples", "metrics")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    LORA_RANK_FIELD_NUMBER: _ClassVar[int]
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    lora_rank: int
+    clients: int
+    num_examples: int
+    metrics: _containers.ScalarMap[str, float]
+    def __init__(self, lora_rank: _Optional[int] = ..., clients: _Optional[int] = ..., num_examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
 class EvaluationSummary(_message.Message):
-    __slots__ = ("client_id", "lora_rank", "num_examples", "metrics")
+    __slots__ = ("client_id", "lora_rank", "num_examples", "metrics", "central")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -248,11 +307,13 @@ class EvaluationSummary(_message.Message):
     LORA_RANK_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    CENTRAL_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     lora_rank: int
     num_examples: int
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, client_id: _Optional[str] = ..., lora_rank: _Optional[int] = ..., num_examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    central: bool
+    def __init__(self, client_id: _Optional[str] = ..., lora_rank: _Optional[int] = ..., num_examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., central: _Optional[bool] = ...) -> None: ...
 
 class ListRoundsRequest(_message.Message):
     __slots__ = ("page_size", "after_round")
@@ -287,7 +348,7 @@ class ListClientsResponse(_message.Message):
     def __init__(self, clients: _Optional[_Iterable[_Union[ClientSummary, _Mapping]]] = ..., more: _Optional[bool] = ...) -> None: ...
 
 class ClientSummary(_message.Message):
-    __slots__ = ("client_id", "max_rank", "lora_rank", "device", "memory_bytes", "num_examples", "membership", "silent_seconds", "rounds_contributed", "software_version", "last_failure", "slice_bytes", "organisation")
+    __slots__ = ("client_id", "max_rank", "lora_rank", "device", "memory_bytes", "num_examples", "membership", "silent_seconds", "rounds_contributed", "software_version", "last_failure", "slice_bytes", "organisation", "rank_reason", "evaluates_only", "quantization", "examples_per_second", "micro_batch")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     MAX_RANK_FIELD_NUMBER: _ClassVar[int]
     LORA_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -301,6 +362,11 @@ class ClientSummary(_message.Message):
     LAST_FAILURE_FIELD_NUMBER: _ClassVar[int]
     SLICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ORGANISATION_FIELD_NUMBER: _ClassVar[int]
+    RANK_REASON_FIELD_NUMBER: _ClassVar[int]
+    EVALUATES_ONLY_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     max_rank: int
     lora_rank: int
@@ -314,17 +380,24 @@ class ClientSummary(_message.Message):
     last_failure: str
     slice_bytes: int
     organisation: str
-    def __init__(self, client_id: _Optional[str] = ..., max_rank: _Optional[int] = ..., lora_rank: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., membership: _Optional[str] = ..., silent_seconds: _Optional[float] = ..., rounds_contributed: _Optional[int] = ..., software_version: _Optional[str] = ..., last_failure: _Optional[str] = ..., slice_bytes: _Optional[int] = ..., organisation: _Optional[str] = ...) -> None: ...
+    rank_reason: str
+    evaluates_only: bool
+    quantization: str
+    examples_per_second: float
+    micro_batch: int
+    def __init__(self, client_id: _Optional[str] = ..., max_rank: _Optional[int] = ..., lora_rank: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., membership: _Optional[str] = ..., silent_seconds: _Optional[float] = ..., rounds_contributed: _Optional[int] = ..., software_version: _Optional[str] = ..., last_failure: _Optional[str] = ..., slice_bytes: _Optional[int] = ..., organisation: _Optional[str] = ..., rank_reason: _Optional[str] = ..., evaluates_only: _Optional[bool] = ..., quantization: _Optional[str] = ..., examples_per_second: _Optional[float] = ..., micro_batch: _Optional[int] = ...) -> None: ...
 
 class FetchAdapterRequest(_message.Message):
-    __slots__ = ("lora_rank", "digest", "offset")
+    __slots__ = ("lora_rank", "digest", "offset", "best")
     LORA_RANK_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    BEST_FIELD_NUMBER: _ClassVar[int]
     lora_rank: int
     digest: str
     offset: int
-    def __init__(self, lora_rank: _Optional[int] = ..., digest: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+    best: bool
+    def __init__(self, lora_rank: _Optional[int] = ..., digest: _Optional[str] = ..., offset: _Optional[int] = ..., best: _Optional[bool] = ...) -> None: ...
 
 class FetchAdapterResponse(_message.Message):
     __slots__ = ("header", "data")
