@@ -34,6 +34,8 @@ SYNC_BYTES = 16 << 20  # at most this much is sent again after a crash
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _CROWDED = frozenset({errno.EMFILE, errno.ENFILE})
+_lost: set[Path] = set()  # what an fsync of this process failed for
+_FOLDER_LOCKS = tuple(threading.Lock() for _ in range(64))
 _BROKEN = frozenset({errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE})
 
 
@@ -224,20 +226,36 @@ def sync_folder(folder: Path) -> None:
     try:
         with named_failures(folder):
             reach("folder.syncing")
-        sync(descriptor, folder)
+        # One at a time: the kernel tells of a failure once, and whoever is second would be told that all is well.
+        with _FOLDER_LOCKS[hash(folder) % len(_FOLDER_LOCKS)]:
+            sync(descriptor, folder)
     finally:
         os.close(descriptor)
     reach("folder.synced")
 
 
 def sync(descriptor: int, path: Path) -> None:
-    """Makes the bytes of an open file, or the names in an open folder, durable. Raises StorageFailed, TooBusy."""
+    """Makes the bytes of an open file, or the names in an open folder, durable. Raises StorageFailed, TooBusy.
+
+    What failed once is not asked again, by no thread of this process: the answer would mean nothing.
+    """
+    if path in _lost:
+        raise StorageFailed(f"{path}: the disk did not keep what it was given before")
     try:
         reach("bytes.syncing")
         os.fsync(descriptor)
     except OSError as error:
-        raise _named(error, path) from error
+        named = _named(error, path)
+        if isinstance(named, StorageFailed):
+            _lost.add(path)
+        raise named from error
     reach("bytes.synced")
+
+
+def forget_failures(root: Path) -> None:
+    """As a new process begins, for what lies below `root`; one that a failed disk has ended never asks for it."""
+    for path in [lost for lost in _lost if lost.is_relative_to(root)]:
+        _lost.discard(path)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from common import failpoints, transfer
 from common.codec import digest_of
 from common.errors import CorruptTransfer, InvalidRequest, StorageFailed, TooBusy, WrongOffset, WrongSize
-from common.transfer import Expected, PartFile, check_digest, chunks_of, write_durably
+from common.transfer import Expected, PartFile, check_digest, chunks_of, forget_failures, sync_folder, write_durably
 
 CONTENT = bytes(range(250)) * 4
 
@@ -219,3 +220,40 @@ def test_a_part_that_cannot_be_made_durable_when_it_is_found_counts_for_nothing(
     attempt = PartFile(part, expected())
     assert attempt.committed_bytes == 0
     attempt.close()
+
+
+def test_after_a_failed_fsync_of_a_folder_nobody_is_told_that_it_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The kernel tells of a failed write once: who asks second, in another thread, would be told that all is well.
+    first_asks, may_fail = threading.Event(), threading.Event()
+    told: list[str] = []
+
+    def fsync(_descriptor: int) -> None:
+        if not first_asks.is_set():
+            first_asks.set()
+            assert may_fail.wait(10)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def ask() -> None:
+        try:
+            sync_folder(tmp_path)
+        except StorageFailed:
+            told.append("failed")
+        else:
+            told.append("durable")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", fsync)
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        threads[0].start()
+        assert first_asks.wait(10)
+        threads[1].start()
+        may_fail.set()
+        for thread in threads:
+            thread.join(10)
+    assert told == ["failed", "failed"]
+    with pytest.raises(StorageFailed, match="did not keep what it was given before"):
+        sync_folder(tmp_path)
+    forget_failures(tmp_path.parent)
+    sync_folder(tmp_path)
