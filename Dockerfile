@@ -3,7 +3,8 @@
 #   docker build --target worker      -t raflora-worker .          the same plus torch, transformers and PEFT
 #
 # TORCH is what pip installs as torch, TORCH_INDEX the package index it comes from (unset: pip's own), for
-# a build of torch that fits your driver or that has no CUDA at all.
+# a build of torch that fits your driver or that has no CUDA at all. MORE names further packages of the worker, such as
+# bitsandbytes for 4-bit base models.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 # --- what is common: a virtual environment with the coordinator's dependencies
@@ -51,6 +52,8 @@ RUN pip install --quiet ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH"
 RUN grep -v '^torch==' constraints.txt > /tmp/constraints.txt \
     && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['worker'], sep='\n')" > /tmp/requirements.txt \
     && pip install --quiet --constraint /tmp/constraints.txt --requirement /tmp/requirements.txt scikit-learn
+ARG MORE=
+RUN test -z "$MORE" || pip install --quiet --constraint /tmp/constraints.txt $MORE
 
 FROM worker-dependencies AS worker-build
 COPY --from=coordinator-build /source /source

@@ -171,7 +171,7 @@ def _weights_in(folder: Path) -> Iterable[str]:
 def check_data(config: DataConfig) -> Iterator[Check]:
     """Whether the data files are there and can be read; a hub data set's id is taken on trust."""
     for key, source in (("train", config.train), ("test", config.test)):
-        if source is not None:
+        if source:
             yield _data_source(f"data.{key}", source)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from cli.export_origin import origin_of_published, write_origin
 from common.descriptors import raise_limit
 from common.failpoints import arm_as_planned
 from common.logs import set_up_logs
@@ -18,6 +19,8 @@ from worker.peft_format import write_peft_folder
 
 if TYPE_CHECKING:
     from coordinator.publishing import PublishedAdapter
+
+_BEST_FOLDER = "best"  # within export_dir, whose own files are the newest adapter's
 
 
 async def coordinator(
@@ -33,12 +36,16 @@ async def coordinator(
     keep_memory_flat()
     raise_limit()
     set_up_logs(settings.log_format, settings.log_level, role="coordinator", federation=settings.name)
-    on_published = partial(_export, settings.export_dir) if settings.export_dir else None
-    await run_coordinator(settings, on_published=on_published)
+    folder = settings.export_dir
+    await run_coordinator(
+        settings,
+        on_published=partial(_export, folder) if folder else None,
+        on_best=partial(_export, folder / _BEST_FOLDER) if folder else None,
+    )
 
 
 def _export(folder: Path, published: "PublishedAdapter") -> None:
-    """The newest adapter as a stock PEFT folder, in place of the one before."""
+    """An adapter as a stock PEFT folder, in place of the one before; `raflora export --from` goes on from it."""
     manifest = published.manifest
     sweep_parts(folder)  # of an export that a crash interrupted
     write_peft_folder(
@@ -49,3 +56,4 @@ def _export(folder: Path, published: "PublishedAdapter") -> None:
         task=manifest.model.task,
         modules_to_save=manifest.adapter.modules_to_save,
     )
+    write_origin(folder, origin_of_published(published))

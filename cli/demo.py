@@ -3,9 +3,7 @@
 One coordinator and five worker processes speak gRPC over loopback; then the same again with the rank-agnostic average.
 """
 
-import asyncio
 import json
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cli.demo_federation import Story, run_federation
-from cli.demo_processes import output_of
+from cli.demo_processes import output_of, until_told_to_end
 from cli.demo_results import Check, results_of, write_results
 from cli.demo_screen import DemoScreen, accuracy_table, energies, name_of
 from cli.demo_setting import Setting, forget_state, prepare, write_settings
@@ -62,7 +60,12 @@ async def demo(
     console = stdout_console() if format == "text" else _stderr_console()
     with DemoScreen(console) as screen:
         setting = Setting(out, rounds, seed)
-        check = await _until_told_to_end(setting, Wishes(comparison, keep), screen)
+        check = await until_told_to_end(
+            run_demo(setting, Wishes(comparison, keep), screen),
+            lambda: screen.say(
+                f"Interrupted; every process that was started has been ended. Their logs: {setting.folder}"
+            ),
+        )
     if format == "json":
         print(json.dumps(json.loads(setting.results.read_text(encoding="utf-8"))))
     return ExitCode.OK if check.agrees else ExitCode.FAILED
@@ -91,27 +94,6 @@ async def run_demo(setting: Setting, wishes: Wishes, screen: DemoScreen) -> Chec
     _show_adapter(setting, check, screen)
     screen.say("", f"Settings, logs and results: {setting.folder}   ({human_seconds(time.monotonic() - started)})")
     return check
-
-
-async def _until_told_to_end(setting: Setting, wishes: Wishes, screen: DemoScreen) -> Check:
-    """Runs it; SIGTERM and a closed terminal end it as Ctrl-C does, with every child process."""
-    running = asyncio.create_task(run_demo(setting, wishes, screen))
-    told: list[str] = []
-
-    def stop(kind: signal.Signals) -> None:
-        told.append(kind.name)
-        running.cancel()
-
-    loop = asyncio.get_running_loop()
-    for kind in (signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(kind, stop, kind)
-    try:
-        return await running
-    except asyncio.CancelledError:
-        if told:
-            raise Failed(f"ended by {told[0]}; every process that was started has been ended") from None
-        screen.say(f"Interrupted; every process that was started has been ended. Their logs: {setting.folder}")
-        raise
 
 
 def _introduction(setting: Setting) -> Sequence[str | Text]:

@@ -78,6 +78,7 @@ async def run_federation(method: str, files: Files, audience: Audience, *, expor
         coordinator = await children.start(
             "the coordinator",
             *("coordinator", "--config", str(files.coordinator)),
+            *(word for override in files.coordinator_overrides for word in ("--set", override)),
             log=files.folder / "coordinator.log",
         )
         address = await _address_of(coordinator)

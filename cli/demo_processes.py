@@ -9,14 +9,16 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from cli.errors import Failed
 from cli.words import plain
+
+Result = TypeVar("Result")
 
 LAST_LINES = 12
 GOODBYE_SECONDS = 15.0  # between asking a process to end and ending it
@@ -88,6 +90,27 @@ class Children:
         for child in self._children:
             if child.process.returncode:
                 raise child.failure(_how_it_ended(child.process.returncode))
+
+
+async def until_told_to_end(work: Coroutine[Any, Any, Result], on_interrupt: Callable[[], None]) -> Result:
+    """The work's result; SIGTERM and a closed terminal end it as Ctrl-C does, with every child process."""
+    running = asyncio.create_task(work)
+    told: list[str] = []
+
+    def stop(kind: signal.Signals) -> None:
+        told.append(kind.name)
+        running.cancel()
+
+    loop = asyncio.get_running_loop()
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(kind, stop, kind)
+    try:
+        return await running
+    except asyncio.CancelledError:
+        if told:
+            raise Failed(f"ended by {told[0]}; every process that was started has been ended") from None
+        on_interrupt()
+        raise
 
 
 async def end(children: Iterable[Child]) -> None:

@@ -150,14 +150,24 @@ def _round_line(summary: status_pb2.RoundSummary, status: status_pb2.FederationS
     return Text.assemble(
         (f"round {summary.round:>{width}}/{status.num_rounds}", "bold"),
         f"  {len(summary.contributions)}/{counted(status.clients_known, 'worker')}",
-        ("  accuracy ", "dim"),
-        (percent(summary.accuracy), "bold green"),
+        *_measured(summary),
         ("  up ", "dim"),
         human_bytes(summary.bytes_received),
         ("  down ", "dim"),
         human_bytes(summary.bytes_sent),
         f"  {human_seconds(seconds)}",
     )
+
+
+def _measured(summary: status_pb2.RoundSummary) -> Sequence[tuple[str, str]]:
+    """What the evaluation of a round came to, in a word and a number; nothing if nobody evaluated."""
+    metrics = summary.federated_metrics
+    for name, word in (("accuracy", "accuracy"), ("exact_match", "exact match")):
+        if name in metrics:
+            return (f"  {word} ", "dim"), (percent(metrics[name]), "bold green")
+    if "eval_loss" in metrics:
+        return ("  loss ", "dim"), (f"{metrics['eval_loss']:.3f}", "bold green")
+    return ()
 
 
 def _short_bars(partitions: Partitions) -> Text:

@@ -73,6 +73,7 @@ class Files:
     folder: Path
     coordinator: Path  # its settings file
     workers: Mapping[str, Path]  # theirs, by name
+    coordinator_overrides: tuple[str, ...] = ()  # KEY=VALUE, on top of its file
 
 
 def prepare(setting: Setting) -> None:

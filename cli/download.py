@@ -32,12 +32,12 @@ class Download:
     path: Path
 
 
-async def fetch_adapter(connection: Connection, rank: int, *, beside: Path) -> Download:
-    """The newest adapter cut to `rank` (0: uncut), in a hidden file beside a path.
+async def fetch_adapter(connection: Connection, rank: int, *, beside: Path, best: bool = False) -> Download:
+    """The newest adapter (or the best) cut to `rank` (0: uncut), in a hidden file beside a path.
 
     Raises Unavailable, CorruptTransfer, Failed, or what the coordinator says (NothingPublished, WrongRank).
     """
-    header = await _announced(connection, rank)
+    header = await _announced(connection, rank, best=best)
     check_digest(header.digest, whose="published adapter")
     whole = beside.with_name(f".{beside.name}.{header.digest}")
     expected = Expected(header.digest, header.size_bytes, whose="published adapter")
@@ -45,7 +45,7 @@ async def fetch_adapter(connection: Connection, rank: int, *, beside: Path) -> D
     while True:
         part = PartFile(whole.with_name(whole.name + ".part"), expected)
         start = part.committed_bytes
-        request = status_pb2.FetchAdapterRequest(lora_rank=rank, digest=header.digest, offset=start)
+        request = status_pb2.FetchAdapterRequest(lora_rank=rank, digest=header.digest, offset=start, best=best)
         try:
             await _fill(part, connection, request)
             part.finish(whole)
@@ -73,9 +73,9 @@ def read_adapter(download: Download) -> Adapter:
         raise Failed(f"the coordinator sent something else than its header says: {error}") from None
 
 
-async def _announced(connection: Connection, rank: int) -> status_pb2.AdapterHeader:
-    """What the newest adapter is; its bytes are asked for in a call of their own, which can be repeated."""
-    request = status_pb2.FetchAdapterRequest(lora_rank=rank)
+async def _announced(connection: Connection, rank: int, *, best: bool) -> status_pb2.AdapterHeader:
+    """What the adapter is; its bytes are asked for in a call of their own, which can be repeated."""
+    request = status_pb2.FetchAdapterRequest(lora_rank=rank, best=best)
     async with reach(connection) as channel, aclosing(_parts(channel, connection, request)) as parts:
         async for part in parts:
             if part.HasField("header"):

@@ -3,6 +3,7 @@
 from raflora.v1 import status_pb2, status_pb2_grpc
 
 from cli.connection import Connection, reach
+from cli.evaluation_screen import evaluations_table
 from cli.output import Format, print_json, print_screen
 from cli.screens import rounds_table
 from common.errors import RafloraError
@@ -17,6 +18,10 @@ async def rounds(*, format: Format = "table", connection: Connection = Connectio
         print_json(listing)
     else:
         print_screen(rounds_table(listing.rounds))
+        evaluations = evaluations_table(listing.rounds)
+        if evaluations is not None:
+            print_screen("")
+            print_screen(evaluations)
 
 
 async def list_rounds(connection: Connection) -> status_pb2.ListRoundsResponse:

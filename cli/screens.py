@@ -5,18 +5,23 @@ The command line and the demonstration share them.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from raflora.v1 import status_pb2
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from cli.evaluation_screen import best_line, eval_loss, evaluation_lines, headline
 from cli.words import NOTHING, counted, decimals, human_bytes, human_seconds, percent, plain, rank_range
 
 BAR_WIDTH = 40
 _STEPS_WIDTH = 16
 _COMPARISON_WIDTH = 24
+_ID_WIDTH = 24  # of a client's name, before it is folded
+_REASON_WIDTH = 40  # at least, or the reason is not shown
+_ANY_WIDTH = 10_000  # asks what a table would like to have
 _FULL, _SLIVER = "█", "▏"
 
 Partitions = Sequence[status_pb2.RankPartition]
@@ -34,7 +39,9 @@ def status_screen(status: status_pb2.FederationStatus, notice: str = "") -> Grou
         last = status.last_round
         title = f"Energy per rank partition after round {last.round}"
         parts += [Text(), Text(title, style="bold"), energy_bars(last.partitions), spectrum_line(last)]
-        parts += [round_line(last, status.num_rounds)]
+        parts += [round_line(last, status.num_rounds), *evaluation_lines(last)]
+    if status.HasField("best"):
+        parts.append(best_line(status))
     parts += [Text(), traffic_line(status)]
     if status.security:
         is_open = status.security.startswith("INSECURE")
@@ -141,12 +148,13 @@ def spectrum_line(summary: status_pb2.RoundSummary) -> Text:
 def round_line(summary: status_pb2.RoundSummary, num_rounds: int) -> Text:
     """A finished round in one line."""
     width = len(str(num_rounds))
+    name, value = headline(summary)
     return Text.assemble(
         (f"round {summary.round:>{width}}/{num_rounds}", "bold"),
-        ("  accuracy ", "dim"),
-        (_accuracy(summary), "bold green"),
+        (f"  {name} ", "dim"),
+        (value, "bold green"),
         ("  loss ", "dim"),
-        _eval_loss(summary),
+        eval_loss(summary),
         ("  rho ", "dim"),
         f"{summary.rho:.3f}",
         ("  effective rank ", "dim"),
@@ -189,8 +197,8 @@ def rounds_table(summaries: Iterable[status_pb2.RoundSummary]) -> Table:
     for summary in summaries:
         table.add_row(
             str(summary.round),
-            _accuracy(summary),
-            _eval_loss(summary),
+            headline(summary)[1],
+            eval_loss(summary),
             f"{summary.rho:.3f}",
             f"{summary.effective_rank:.1f}",
             " ".join(f"{rank_range(p.low, p.high)}:{p.contributors}" for p in summary.partitions),
@@ -201,27 +209,70 @@ def rounds_table(summaries: Iterable[status_pb2.RoundSummary]) -> Table:
     return table
 
 
-def clients_table(clients: Iterable[status_pb2.ClientSummary]) -> Table:
-    """Every client that ever joined."""
-    table = _table(
-        "client", ">rank", ">largest", "membership", ">examples", ">rounds", "device", ">memory", ">slice", ">silent"
-    )
-    table.add_column("last failure")
-    for client in clients:
-        table.add_row(
-            plain(client.client_id),
-            str(client.lora_rank),
-            str(client.max_rank),
-            Text(plain(client.membership), style="green" if client.membership == "active" else "yellow"),
-            str(client.num_examples),
-            str(client.rounds_contributed),
-            plain(client.device),
-            human_bytes(client.memory_bytes) if client.memory_bytes else NOTHING,
-            human_bytes(client.slice_bytes),
-            human_seconds(client.silent_seconds),
-            Text(plain(client.last_failure), style="red"),
-        )
-    return table
+def clients_table(clients: Iterable[status_pb2.ClientSummary]) -> RenderableType:
+    """Every client that ever joined; where the screen is narrow, less of each."""
+    return _ClientsTable(tuple(clients))
+
+
+@dataclass(frozen=True)
+class _ClientsTable:
+    """As many columns as there is room for: why it has its rank becomes whose decision it was, then others go."""
+
+    clients: tuple[status_pb2.ClientSummary, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """As rich asks for it."""
+        left_out: set[str] = set()
+        for name in ("why this rank", "slice", "memory", "silent", "device", "largest"):
+            table = self._without(left_out)
+            if console.measure(table, options=options.update(width=_ANY_WIDTH)).minimum <= options.max_width:
+                break
+            left_out.add(name)
+        else:
+            table = self._without(left_out)
+        yield table
+
+    def _without(self, left_out: Container[str]) -> Table:
+        rows = [_client_cells(client) for client in self.clients] or [_client_cells(status_pb2.ClientSummary())]
+        shown = [name for name in rows[0] if name.removeprefix(">") not in left_out]
+        if "why this rank" in shown:
+            shown.remove("granted by")
+        table = _table(*shown)
+        longest_id = max((len(client.client_id) for client in self.clients), default=0)
+        widths = {"client": min(longest_id, _ID_WIDTH), "why this rank": _REASON_WIDTH}
+        for column in table.columns:
+            column.min_width = widths.get(str(column.header))
+            column.no_wrap = column.no_wrap or column.header in ("membership", "granted by")
+        for cells in rows[: len(self.clients)]:
+            table.add_row(*(cells[name] for name in shown))
+        return table
+
+
+def _client_cells(client: status_pb2.ClientSummary) -> Mapping[str, str | Text]:
+    """One client's row, by heading."""
+    return {
+        "client": plain(client.client_id),
+        ">rank": str(client.lora_rank),
+        ">largest": str(client.max_rank),
+        "membership": Text(plain(client.membership), style="green" if client.membership == "active" else "yellow"),
+        ">examples": str(client.num_examples),
+        ">rounds": str(client.rounds_contributed),
+        "device": plain(client.device),
+        ">memory": human_bytes(client.memory_bytes) if client.memory_bytes else NOTHING,
+        ">slice": human_bytes(client.slice_bytes),
+        ">silent": human_seconds(client.silent_seconds),
+        "granted by": _granted_by(client.rank_reason),
+        "why this rank": plain(client.rank_reason) or NOTHING,
+        "last failure": Text(plain(client.last_failure), style="red"),
+    }
+
+
+def _granted_by(rank_reason: str) -> str:
+    """Whose decision a rank was: the first word of the reason is the policy's."""
+    if not rank_reason:
+        return NOTHING
+    word = plain(rank_reason).replace(":", " ").split()[0]
+    return "operator" if word == "set" else word
 
 
 def _table(*headings: str) -> Table:
@@ -260,11 +311,3 @@ def _owners(partition: status_pb2.RankPartition) -> str:
 
 def _colour(partition: status_pb2.RankPartition) -> str:
     return "green" if partition.contributors else "yellow"
-
-
-def _accuracy(summary: status_pb2.RoundSummary) -> str:
-    return percent(summary.accuracy) if summary.evaluations else NOTHING
-
-
-def _eval_loss(summary: status_pb2.RoundSummary) -> str:
-    return decimals(summary.eval_loss) if summary.evaluations else NOTHING

@@ -1,6 +1,7 @@
 """`raflora spec`: what a federation must know of a base model, as JSON. Runs where torch is."""
 
 import json
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +38,7 @@ def spec(
     if find_spec("torch") is None or find_spec("peft") is None:
         raise Failed('`raflora spec` needs torch and peft; install them with: pip install "raflora[worker]"')
     from worker.model import describe_model  # noqa: PLC0415 - torch takes seconds and may not be installed
+    from worker.shapes import shapes_of  # noqa: PLC0415 - likewise
 
     silence_libraries()
 
@@ -51,9 +53,10 @@ def spec(
     config = ModelConfig(path=model, revision=revision, device="cpu", offline=offline)
     try:
         described, digest = describe_model(config, order)
+        base = shapes_of(config, order).base
     except RafloraError as error:
         raise Failed(str(error)) from None
-    text = spec_json(described, digest)
+    text = spec_json(described, digest, base)
     if out is None:
         print(text)
     else:
@@ -61,11 +64,15 @@ def spec(
         print(f"{out}: {len(described.modules)} modules, {len(described.tensors)} tensors, digest {digest}")
 
 
-def spec_json(described: AdapterSpec, base_model_digest: str) -> str:
-    """The file's content: base_model_digest, modules by name with both sizes, tensors by name with their shape."""
+def spec_json(described: AdapterSpec, base_model_digest: str, base: Mapping[str, int | str] | None = None) -> str:
+    """The file's content: base_model_digest, modules by name with both sizes, tensors by name with their shape.
+
+    `base` is what `raflora plan` reads of the rest of the model (worker.shapes); the coordinator needs none of it.
+    """
     return json.dumps(
         {
             "base_model_digest": base_model_digest,
+            "base": dict(base or {}),
             "modules": [
                 {"name": m.name, "out_features": m.out_features, "in_features": m.in_features}
                 for m in described.modules

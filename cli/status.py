@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cli.connection import Connection, messages_of, reach
+from cli.evaluation_screen import best_line, evaluation_lines
 from cli.output import Format, print_json, print_screen, stdout_console
 from cli.screens import round_line, standing_line, status_screen
 from cli.words import human_seconds, plain
@@ -110,7 +111,8 @@ class LineView:
         self._last = status_pb2.FederationStatus()
 
     def show(self, status: status_pb2.FederationStatus) -> None:
-        """Prints the newest finished round and the new standing, if they are new."""
+        """Prints the newest finished round, its evaluation and the new standing, if they are new."""
+        self._show_evaluation(status)
         if status.last_round.round != self._last.last_round.round or _standing(status) != _standing(self._last):
             if status.last_round.round != self._last.last_round.round:
                 self._print(round_line(status.last_round, status.num_rounds))
@@ -119,6 +121,15 @@ class LineView:
                 if warning not in self._last.warnings:
                     self._print(f"! {plain(warning)}")
         self._last = status
+
+    def _show_evaluation(self, status: status_pb2.FederationStatus) -> None:
+        """A round is published first and evaluated after: then it is told once more, with its scores."""
+        now, before = status.last_round, self._last.last_round
+        if now.round == before.round and len(now.evaluations) and not len(before.evaluations):
+            for line in (round_line(now, status.num_rounds), *evaluation_lines(now)):
+                self._print(line)
+            if status.HasField("best"):
+                self._print(best_line(status))
 
     def lost(self, sentence: str) -> None:
         """Says so, once an attempt."""

@@ -32,6 +32,7 @@
       TooBusy                     too_busy               a limit is reached; try again later
         QuotaExceeded             quota_exceeded         an organisation has used up what it was given for now
       NothingPublished            nothing_published      there is no adapter yet
+        NoBestAdapter             no_best_adapter        no evaluation was counted yet, so no adapter is the best
       Unavailable                 unavailable            the other side cannot be reached
       CorruptStore                corrupt_store          a journal or blob is not what it was when written
       StorageFailed               storage_failed         the disk did not keep what it was given
@@ -262,6 +263,13 @@ class NothingPublished(RafloraError):
 
     code = "FAILED_PRECONDITION"
     reason = "nothing_published"
+
+
+class NoBestAdapter(NothingPublished):
+    """Adapters are published, but no evaluation was counted yet, so none is the best; the newest can be had."""
+
+    code = "NOT_FOUND"
+    reason = "no_best_adapter"
 
 
 class Unavailable(RafloraError):

@@ -5,8 +5,10 @@ Read once at start into frozen pydantic models. The only place that looks at env
 
 import difflib
 import os
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -21,6 +23,15 @@ DATA_VARIABLE = "RAFLORA_DATA"
 FAILPOINTS_VARIABLE = "RAFLORA_FAILPOINTS"
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 _SEPARATOR = "__"
+# What launchers call a process's number, the number of processes, and both again on its own machine.
+_RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_SIZE = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_LOCAL_RANK = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+_LAUNCHED = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_\w+|MASTER_ADDR|MASTER_PORT"
+    r"|TORCHELASTIC_\w+|ACCELERATE_\w+|FSDP_\w+|MV2_COMM_WORLD_\w+|PMI_\w+|OMPI_COMM_WORLD_\w+)"
+)
+_SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
 class Section(BaseModel):
@@ -73,6 +84,57 @@ def environment_with(**changes: str) -> dict[str, str]:
     Our settings stay here: one may be a join token or a database's password, and no process of ours reads them anew.
     """
     return {**{name: text for name, text in os.environ.items() if not _is_ours_alone(name)}, **changes}
+
+
+def environment_alone(**changes: str) -> dict[str, str]:
+    """The same without what a launcher around us has set: the process must not take itself for one of a group."""
+    return {name: text for name, text in environment_with(**changes).items() if not _LAUNCHED.fullmatch(name)}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Which process of a group this is, as its launcher told it."""
+
+    rank: int
+    size: int
+    local_rank: int  # among those of its machine
+    host: str  # where the group meets
+    port: int
+    has_store: bool  # the launcher itself serves the meeting place (torchrun); else the process of rank 0 does
+    is_sharded: bool  # accelerate was told to shard the model
+
+
+def take_launch(environ: MutableMapping[str, str] | None = None) -> Launched:
+    """What the launcher said, taken out of the environment, so that no library acts on it behind our back.
+
+    Raises ConfigError that names what is missing.
+    """
+    environment = os.environ if environ is None else environ
+    try:
+        launched = Launched(
+            rank=int(_first(environment, _RANK)),
+            size=int(_first(environment, _SIZE)),
+            local_rank=int(_first(environment, _LOCAL_RANK)),
+            host=_first(environment, ("MASTER_ADDR",)),
+            port=int(_first(environment, ("MASTER_PORT",))),
+            has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            is_sharded=any(environment.get(name, "").lower() in {"true", "1"} for name in _SHARDED),
+        )
+    except ValueError as error:
+        raise ConfigError(f"launch: the launcher set a variable of a group that is no number: {error}") from None
+    for name in [name for name in environment if _LAUNCHED.fullmatch(name)]:
+        del environment[name]
+    return launched
+
+
+def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> str:
+    for name in names:
+        if environment.get(name):
+            return environment[name]
+    raise ConfigError(
+        f"launch: none of the variables {', '.join(names)} is set, which a process of a group needs; "
+        "start it through torchrun, accelerate, srun or mpirun, and export MASTER_ADDR and MASTER_PORT for the last two"
+    )
 
 
 def _is_ours_alone(name: str) -> bool:

@@ -1,10 +1,11 @@
 """What the operator decides: `raflora coordinator --config federation.toml`."""
 
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.codec import WireDtype
 from common.logs import LogFormat
@@ -12,6 +13,7 @@ from common.settings import Section
 from common.tracking import TrackingConfig
 from coordinator.aggregation.method import MethodOptions, Shrinkage
 from coordinator.federation.state import RankPolicy
+from coordinator.lora_options import refusal_of
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -95,6 +97,23 @@ class AdapterConfig(Section):
     """How factors travel; bfloat16 halves the bytes and costs about 1e-3 in the product."""
     spec: Path | None = None
     """What `raflora spec` wrote; unset: the first worker that joins says it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_option_of_peft_is_lost_in_silence(cls, content: Any) -> Any:
+        if refused := refusal_of(content if isinstance(content, dict) else ()):
+            raise ValueError(refused)
+        return content
+
+    @field_validator("target_modules", "modules_to_save")
+    @classmethod
+    def _layers_are_names_or_patterns(cls, layers: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        wild = "*?" if info.field_name == "target_modules" else ""
+        for layer in layers:
+            if not re.fullmatch(rf"[A-Za-z0-9_.{wild}-]+", layer):
+                said = "; * and ? stand for anything, and there is no other pattern" if wild else ", not a pattern"
+                raise ValueError(f"{layer!r}: a layer's name, or the end of one, is expected{said}")
+        return layers
 
 
 class RoundsConfig(Section):
@@ -332,7 +351,7 @@ class CoordinatorConfig(Section):
     state_dir: Path = Path("coordinator-state")
     """Journal and blobs; a restart goes on from here."""
     export_dir: Path | None = None
-    """The newest adapter as a PEFT folder, renewed after every round."""
+    """The newest adapter as a PEFT folder, renewed after every round; the best one in its subfolder best."""
     log_format: LogFormat = "text"
     """text or json."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -358,6 +377,11 @@ class CoordinatorConfig(Section):
             raise ValueError(
                 f"rounds.quorum {rounds.quorum:g} is above rounds.min_clients {rounds.min_clients}: "
                 "a small cohort could never reach it"
+            )
+        if self.evaluation.patience and not rounds.evaluate_every:
+            raise ValueError(
+                f"evaluation.patience {self.evaluation.patience} counts evaluations, but rounds.evaluate_every is 0: "
+                "no round is evaluated; set it to 1 or more, or patience to 0"
             )
         beyond = [rank for rank in self.ranks.levels if rank > self.adapter.global_rank]
         if beyond:

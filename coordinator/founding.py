@@ -160,7 +160,8 @@ class Foundation:
         """
         if self.manifest is None:
             return
-        self.slices.keep_only(self.engine.state.adapter_digest)
+        state = self.engine.state
+        self.slices.keep_only(state.adapter_digest, *([state.best.adapter_digest] if state.best else []))
         for digest in self.blobs.digests() - self._needed():
             self.blobs.delete(digest)
 

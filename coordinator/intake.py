@@ -164,7 +164,8 @@ class Intake:
         keeps_lora_A = manifest.freezes_lora_A and assignment.slice_digest
         bounds: tuple[int, ...] = ()
         if limits.max_partition_norm is not None:
-            ranks = [client.rank for client in self._engine.state.clients.values()]
+            clients = self._engine.state.clients.values()
+            ranks = [client.rank for client in clients if not client.profile.evaluates_only]
             bounds = partition_bounds(ranks, assignment.rank)
         inspection = Inspection(
             path=path,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import cos, pi, sqrt
 from pathlib import Path
@@ -18,11 +18,12 @@ from coordinator.config import (
     AggregationConfig,
     BaseModelConfig,
     CoordinatorConfig,
+    EvaluationConfig,
     RanksConfig,
     RoundsConfig,
     TrainingConfig,
 )
-from coordinator.federation.state import Rules
+from coordinator.federation.state import Rules, Stopping
 
 FORMAT = 1  # of the manifest; a coordinator refuses one that it does not know
 _FROZEN_SECTIONS = ("model", "adapter", "rounds", "ranks", "aggregation", "training")
@@ -68,12 +69,16 @@ class Manifest:
     training: TrainingConfig
     base_model_digest: str
     spec: AdapterSpec
+    # Not part of its content: it may change with a restart.
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     @classmethod
     def of(cls, config: CoordinatorConfig, spec: AdapterSpec, base_model_digest: str) -> Self:
         """The manifest of a federation that is about to be founded."""
         sections = {name: getattr(config, name) for name in _FROZEN_SECTIONS}
-        return cls(config.name, **sections, base_model_digest=base_model_digest, spec=spec)
+        return cls(
+            config.name, **sections, base_model_digest=base_model_digest, spec=spec, evaluation=config.evaluation
+        )
 
     @cached_property
     def content(self) -> bytes:
@@ -160,8 +165,8 @@ class Manifest:
 
     @property
     def rules(self) -> Rules:
-        """The state machine's part; of a manifest read from the store, rounds has only what is frozen."""
-        rounds, ranks = self.rounds, self.ranks
+        """The state machine's part; of a manifest read from the store, rounds and stopping have only what is frozen."""
+        rounds, ranks, evaluation = self.rounds, self.ranks, self.evaluation
         return Rules(
             num_rounds=rounds.num_rounds,
             global_rank=self.adapter.global_rank,
@@ -179,6 +184,13 @@ class Manifest:
             rank_table=tuple((rule.client, rule.rank) for rule in ranks.table),
             rank_levels=ranks.levels,
             memory_share=ranks.memory_share,
+            stopping=Stopping(
+                metric=evaluation.metric_of(self.model.task),
+                is_larger_better=evaluation.is_larger_better(self.model.task),
+                is_central=evaluation.source == "central",
+                min_delta=evaluation.min_delta,
+                patience=evaluation.patience,
+            ),
         )
 
 

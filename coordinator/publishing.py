@@ -19,6 +19,8 @@ from coordinator.manifest import Manifest
 from coordinator.merging import Diverged, Merged, make_pool, merge
 from coordinator.slices import read_global_adapter
 
+_LOOK_SECONDS = 60.0  # a bound: every change of the state ends the wait
+
 log = structlog.get_logger()
 
 
@@ -34,9 +36,15 @@ class PublishedAdapter:
 class Publisher:
     """Merges one round at a time; the heavy work is done in threads or in a pool of processes."""
 
-    def __init__(self, foundation: Foundation, on_published: Callable[[PublishedAdapter], None] | None) -> None:
+    def __init__(
+        self,
+        foundation: Foundation,
+        on_published: Callable[[PublishedAdapter], None] | None,
+        on_best: Callable[[PublishedAdapter], None] | None = None,
+    ) -> None:
         self._foundation = foundation
         self._on_published = on_published
+        self._on_best = on_best
         self._pool = make_pool(foundation.config.aggregation.processes)
         self._merging = 0
         self._exporting = asyncio.Lock()  # one folder is renewed by one writer
@@ -83,6 +91,20 @@ class Publisher:
         await foundation.on_disk(foundation.disk.measure)
         if self._on_published is not None:
             await self._export_newest(self._on_published)
+
+    async def watch_best(self) -> None:
+        """Exports the best adapter, once for every one that becomes it and once after a start. Until the end."""
+        if self._on_best is None:
+            return
+        engine, version, exported = self._foundation.engine, -1, ""
+        while not engine.is_stopping:
+            version = await engine.wait_for_change(version, _LOOK_SECONDS)
+            best = engine.state.best
+            if best is None or best.adapter_digest == exported or self._foundation.manifest is None:
+                continue
+            exported = best.adapter_digest
+            with self._foundation.pinned(best.adapter_digest):  # another one may become the best meanwhile
+                await self._export(self._on_best, best.round, best.adapter_digest)
 
     async def _merge(self, command: Aggregate) -> Merged | None:
         foundation = self._foundation

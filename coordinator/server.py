@@ -40,6 +40,7 @@ from coordinator.stores.blobs import FileBlobs
 from coordinator.stores.journal import SqlJournal, public_name
 from coordinator.stores.lock import lock_state_folder
 from coordinator.stores.owner import Owner, claim_state_folder
+from coordinator.tracking import track, trackers_of
 
 _GRACE_SECONDS = 10.0  # for calls in progress at a clean end
 _FAILED_GRACE_SECONDS = 1.0  # after a failure: long enough for health's watchers to hear of it, and for answers
@@ -59,6 +60,7 @@ async def run_coordinator(
     config: CoordinatorConfig,
     *,
     on_published: Callable[[PublishedAdapter], None] | None = None,
+    on_best: Callable[[PublishedAdapter], None] | None = None,
     on_listening: Callable[[str], None] | None = None,
     wall_clock: Callable[[], float] = time.time,
 ) -> None:
@@ -66,7 +68,8 @@ async def run_coordinator(
 
     Raises StorageFailed as soon as the disk fails to keep what it was given, so that nothing is promised on top of it.
 
-    `on_listening` is told the address once calls are answered; `on_published` runs in a thread after each round.
+    `on_listening` is told the address once calls are answered; `on_published` runs in a thread after each round,
+    `on_best` in another when an evaluation finds another adapter to be the best, and once after a start.
     By `wall_clock` (unix seconds) certificates begin and end, and nothing else.
     """
     check_settings(config)
@@ -77,7 +80,7 @@ async def run_coordinator(
         blobs.sweep()
         journal = SqlJournal(config.store.journal or f"sqlite:///{config.state_dir / 'journal.sqlite'}")
         try:
-            service = CoordinatorService(config, journal, blobs, on_published, security)
+            service = CoordinatorService(config, journal, blobs, on_published, security, on_best=on_best)
             try:
                 await _serve(config, service, on_listening)
             except BaseExceptionGroup as group:
@@ -93,6 +96,7 @@ async def _serve(
     service: CoordinatorService,
     on_listening: Callable[[str], None] | None,
 ) -> None:
+    trackers = trackers_of(config)
     gate, issuer = service.security.gate, service.security.issuer
     access = AccessInterceptor(gate)
     server = grpc.aio.server(
@@ -115,6 +119,7 @@ async def _serve(
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(service.run()), group.create_task(narrate(service))]
         running.append(group.create_task(access.watch()))
+        running.append(group.create_task(track(service, trackers)))
         await server.start()
         for name in ("", *served):
             await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -130,6 +135,7 @@ async def _serve(
             await server.stop(_GRACE_SECONDS if stopping.is_set() else _FAILED_GRACE_SECONDS)
             for task in running:
                 task.cancel()
+            await asyncio.to_thread(trackers.close)
 
 
 def _owner_of(config: CoordinatorConfig) -> Owner:

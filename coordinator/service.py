@@ -9,13 +9,20 @@ from math import isfinite
 import structlog
 
 from common.adapter import AdapterSpec
-from common.errors import IdentityConflict, InvalidRequest, NothingPublished, RafloraError, UnknownBlob
+from common.errors import (
+    IdentityConflict,
+    InvalidRequest,
+    NoBestAdapter,
+    NothingPublished,
+    RafloraError,
+    UnknownBlob,
+)
 from common.plain import plain
 from common.transfer import check_digest
 from coordinator.aggregation.forecast import CollapseForecast, forecast_collapse
 from coordinator.config import CoordinatorConfig
 from coordinator.engine import Engine
-from coordinator.federation.explain import explain
+from coordinator.federation.explain import explain, explain_no_best
 from coordinator.federation.members import enrolled, member
 from coordinator.federation.requests import (
     ChangeRules,
@@ -73,6 +80,15 @@ class Task:
 
 
 @dataclass(frozen=True)
+class PublishedSlice:
+    """A published adapter, cut to a rank."""
+
+    reference: BlobReference
+    rank: int
+    round: int  # that published it
+
+
+@dataclass(frozen=True)
 class Progress:
     """What a worker last said of its task."""
 
@@ -101,6 +117,8 @@ class CoordinatorService:
         blobs: FileBlobs,
         on_published: Callable[[PublishedAdapter], None] | None = None,
         security: Security | None = None,
+        *,
+        on_best: Callable[[PublishedAdapter], None] | None = None,
     ) -> None:
         self.config = config
         self.security = security or security_of(config.server)
@@ -110,7 +128,7 @@ class CoordinatorService:
         self.engine = Engine(config.name, journal, self._carry_out)
         self.foundation = Foundation(config, self.engine, blobs)
         self.intake = Intake(self.foundation, self.known_member, self.security.organisation_of)
-        self._publisher = Publisher(self.foundation, on_published)
+        self._publisher = Publisher(self.foundation, on_published, on_best)
         self._revocation = Revocation(self.engine, self.security.gate)
         self._pace = Pace(config.limits.changes)
         self._commands = asyncio.TaskGroup()  # an error in one of them is fatal, as in the engine
@@ -120,6 +138,7 @@ class CoordinatorService:
         async with self._commands:
             self._commands.create_task(self.engine.run())
             self._commands.create_task(self._revocation.watch())
+            self._commands.create_task(self._publisher.watch_best())
             await self.foundation.when_there_is_room("the federation is not started", self._start)
 
     def close(self) -> None:
@@ -277,19 +296,25 @@ class CoordinatorService:
 
     def forecast(self) -> CollapseForecast:
         """What a rank-agnostic average would do to these clients."""
-        state = self.engine.state
-        clients = [c for c in state.clients.values() if c.membership in (Membership.ACTIVE, Membership.LOST)]
-        rounds = self.config.rounds
+        clients, rounds = self.engine.state.enrolled_to_train, self.config.rounds
         cohort = max(rounds.min_clients, part_of(rounds.fraction, len(clients)))
         return forecast_collapse([(c.rank, c.profile.num_examples) for c in clients], cohort)
 
-    async def published_slice(self, rank: int) -> tuple[BlobReference, int]:
-        """The newest adapter cut to a rank (0: the global one), and its rank. Raises NothingPublished, WrongRank."""
+    async def published_slice(self, rank: int, *, best: bool = False) -> PublishedSlice:
+        """The newest adapter, or the best one, cut to a rank (0: the global one).
+
+        Raises NothingPublished, NoBestAdapter or WrongRank.
+        """
         manifest, state = self.foundation.known_manifest, self.engine.state
         if state.round == 0:
             raise NothingPublished("round 1 is not finished, so there is no trained adapter yet")
+        if best and state.best is None:
+            raise NoBestAdapter(explain_no_best(state))
+        digest, number = state.adapter_digest, state.round
+        if best and state.best is not None:
+            digest, number = state.best.adapter_digest, state.best.round
         rank = rank or manifest.adapter.global_rank
-        return await self.foundation.slices.slice_of(state.adapter_digest, rank), rank
+        return PublishedSlice(await self.foundation.slices.slice_of(digest, rank), rank, number)
 
     # ------------------------------------------------------------ inside
 

@@ -61,9 +61,9 @@ class Slices:
         while pending := [task for task in self._made.values() if not task.done()]:
             await asyncio.wait(pending)
 
-    def keep_only(self, adapter_digest: str) -> None:
-        """Forgets the slices of older adapters."""
-        self._made = {key: task for key, task in self._made.items() if key[0] == adapter_digest}
+    def keep_only(self, *adapter_digests: str) -> None:
+        """Forgets the slices of all other adapters."""
+        self._made = {key: task for key, task in self._made.items() if key[0] in adapter_digests}
 
     def digests(self) -> set[str]:
         """The blobs that are slices."""

@@ -11,11 +11,13 @@ from coordinator.aggregation.method import MethodOptions
 from coordinator.aggregation.report import RankPartition, RoundReport
 from coordinator.config import CoordinatorConfig
 from coordinator.federation.requests import DIVERGED
-from coordinator.federation.state import Phase, RoundRecord, State
+from coordinator.federation.scores import reason_not_counted
+from coordinator.federation.state import Phase, RankPolicy, RoundRecord, State
 from coordinator.merging import report_from_json
 
 LONG = 3  # rounds in which a partition lacks clients before that is worth a warning
 SPAN = 10  # rounds over which a norm is compared, and that a federation is given to find its first directions
+_SHOWN = 3  # names in a sentence
 GROWTH = 2.0  # of the norm over SPAN rounds; healthy runs show 1.3 to 1.6, diverging ones 3 and more
 # Here the owners of a rank index decide it among themselves, however few they are.
 _OWNERS_DECIDE = frozenset({"raflora", "rb-lora", "replication"})
@@ -36,8 +38,8 @@ def warnings_of(state: State, options: MethodOptions) -> list[str]:
     warnings = []
     rules = state.rules
     if rules is not None and state.clients and state.phase is Phase.WAITING_FOR_CLIENTS and not state.is_paused:
-        gone = [c.client_id for c in state.clients.values() if not c.is_active]
-        if gone and len(state.active_clients) < rules.min_clients:
+        gone = [c.client_id for c in state.clients.values() if not c.is_active and not c.profile.evaluates_only]
+        if gone and len(state.training_clients) < rules.min_clients:
             warnings.append(
                 f"too few clients are left ({', '.join(gone[:3])} gone): start the coordinator again with a smaller "
                 "rounds.min_clients, or let another worker join"
@@ -46,7 +48,25 @@ def warnings_of(state: State, options: MethodOptions) -> list[str]:
         # Why stands in the explanation of the state.
         diverged = state.pause_reason.startswith(DIVERGED)
         warnings.append(_HAS_DIVERGED if diverged else "the federation paused itself")
-    return warnings + [sign.sentence for sign in signs_of(state.history, options)]
+    signs = (*signs_of(state.history, options), *evaluation_signs(state))
+    return [*warnings, *_unmeasured(state), *(sign.sentence for sign in signs)]
+
+
+def _unmeasured(state: State) -> Iterator[str]:
+    """Who gets the smallest level only because nobody has measured what would fit."""
+    if state.rules is None or state.rules.rank_policy is not RankPolicy.HARDWARE:
+        return
+    names = [
+        client.client_id
+        for client in state.active_clients
+        if client.profile.measured is None and not client.rank_is_set and not client.profile.evaluates_only
+    ]
+    if names:
+        more = ", ..." if len(names) > _SHOWN else ""
+        yield (
+            f"not measured: {', '.join(names[:_SHOWN])}{more}; ranks.policy hardware gives the smallest level until "
+            "`raflora probe` has run there and the worker has started again"
+        )
 
 
 def founding_warnings(config: CoordinatorConfig, *, is_founded: bool) -> tuple[str, ...]:
@@ -65,6 +85,21 @@ def signs_of(history: Sequence[RoundRecord], options: MethodOptions) -> tuple[Si
     if not history:
         return ()
     return (*_divergence(history, options), *_lone_owner(history, options), *_nobody(history))
+
+
+def evaluation_signs(state: State) -> tuple[Sign, ...]:
+    """Evaluations that take place and count for nothing."""
+    rules = state.rules
+    evaluated = state.newest_evaluated if rules is not None and rules.evaluate_every else None
+    if rules is None or evaluated is None or not (why := reason_not_counted(evaluated, rules.stopping)):
+        return ()
+    return (
+        Sign(
+            why,
+            f"{why}: round {evaluated.number} does not count for the best adapter, nor for evaluation.patience; "
+            "[evaluation] may be corrected with a restart (docs/best-adapter.md)",
+        ),
+    )
 
 
 def uncovered_rounds(history: Sequence[RoundRecord]) -> Mapping[tuple[int, int], int]:

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from common.errors import ConfigError
+from worker.base_model import digest_of_weights
 from worker.features import FeatureClassifier, FeatureConfig
-from worker.model import digest_of_weights
 from worker.tasks import ModelError, tokenizer_in
 
 MINILM = "minilm"

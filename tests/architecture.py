@@ -24,6 +24,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
 HEAVY = frozenset({"torch", "torchvision", "transformers", "peft", "datasets", "accelerate", "trl"})
 GRPC = frozenset({"grpc", "grpc_health", "grpc_reflection", "grpc_status"})
 PROTOBUF = frozenset({"raflora", "google"})
+TRACKING = frozenset({"tensorboard", "mlflow", "wandb"})
 CRYPTOGRAPHY = frozenset({"cryptography"})
 
 # Where what comes from outside may be imported: file patterns.
@@ -43,13 +44,43 @@ ONLY_IN: Mapping[frozenset[str], tuple[str, ...]] = {
         "worker/wire_messages.py",
         "cli/*",
     ),
+    TRACKING: ("common/trackers.py",),
     CRYPTOGRAPHY: ("common/certificates.py", "coordinator/identity/*", "worker/certificates.py", "cli/*"),
 }
 
 # The trainer process loads torch and speaks no gRPC; every other file of worker/ is the agent's, the other way
 # round. A new file of worker/ is the agent's until it is named here.
 TRAINER_SIDE = frozenset(
-    f"worker/{name}.py" for name in ("__init__", "trainer", "training", "model", "data", "tasks", "quiet", "features")
+    f"worker/{name}.py"
+    for name in (
+        "__init__",
+        "trainer",
+        "training",
+        "evaluation",
+        "generation",
+        "group",
+        "group_training",
+        "member",
+        "answers",
+        "benchmarks",
+        "model",
+        "base_model",
+        "merge",
+        "targets",
+        "shapes",
+        "fitting",
+        "dry_run",
+        "data",
+        "task",
+        "tasks",
+        "trainers",
+        "causal",
+        "conversations",
+        "tokens",
+        "language_trainer",
+        "quiet",
+        "features",
+    )
 )
 
 PURE = "coordinator/federation/*"

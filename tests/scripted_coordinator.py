@@ -92,6 +92,7 @@ class ScriptedCoordinator(rpc.FederationServiceServicer):
             await _refuse(context, self.script.refused_joins[len(self.joins)])
         return pb.JoinResponse(
             lora_rank=min(4, request.profile.max_rank),
+            rank_reason="declared 4",
             heartbeat_seconds=self.script.heartbeat_seconds,
             lease_ttl_seconds=90,
             chunk_bytes=1 << 20,

@@ -195,7 +195,8 @@ def test_blocks_have_a_line_a_language_and_a_content() -> None:
         ("# worker.toml\n[rounds]\nnum_rounds = 3\n", "rounds"),
         ("# federation.toml\n[rounds]\nnum_round = 3\n", "rounds.num_round"),
         ("# federation.toml\n[server.tls]\ncertificate_file = 'a.pem'\n", "server.tls.key_file"),
-        ("# worker.toml\nrank = 0\n", "rank"),
+        ("# worker.toml\nrank = 0\n", ""),  # what the probe proposed
+        ("# worker.toml\nrank = -1\n", "rank"),
         ("# worker.toml\nrank = \n", "Invalid value"),
     ],
 )

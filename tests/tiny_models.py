@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
@@ -51,6 +53,23 @@ DISTILBERT_ORDER = ModelOrder(
     lora_rank=4,
     seed=1,
 )
+LLAMA_ORDER = ModelOrder(
+    task="causal-lm",
+    labels=(),
+    target_modules=("q_proj", "v_proj"),
+    modules_to_save=(),
+    lora_rank=4,
+    seed=1,
+)
+# Every turn ends in the end-of-sequence token, as in the templates of Llama 3 and Qwen; no {% generation %}.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+_ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+LLAMA_VOCABULARY = 400
 PLAN = Plan(
     learning_rate=1e-2,
     local_steps=3,
@@ -121,6 +140,61 @@ def save_distilbert(folder: Path, *, dropout: float = 0.1) -> Path:
     DistilBertForSequenceClassification(config).save_pretrained(folder)
     _save_tokenizer(folder)
     return folder
+
+
+def tiny_llama(folder: Path, *, chat_template: bool = True, pad_token: bool = True, longest: int = 256) -> Path:
+    """A Llama of two layers (hidden 32, four heads, two key-value heads) with the tokenizer of `save_bpe`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=LLAMA_VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=longest,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_bpe(folder, chat_template=chat_template, pad_token=pad_token)
+    return folder
+
+
+def save_bpe(folder: Path, *, chat_template: bool = True, pad_token: bool = True) -> None:
+    """A byte-level BPE tokenizer of at most LLAMA_VOCABULARY tokens, learnt from sums in words; <s> is 0, </s> is 1."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    learner = trainers.BpeTrainer(
+        vocab_size=LLAMA_VOCABULARY,
+        special_tokens=[BOS, EOS, PAD, *_ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((f"{row['question']} {row['answer']}" for row in word_problems(200)), learner)
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD if pad_token else None,
+        model_max_length=4096,
+    )
+    fast.chat_template = CHAT_TEMPLATE if chat_template else None
+    fast.save_pretrained(folder)
+
+
+def word_problems(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Records as in GSM8K: a question, and a worked answer that ends in `#### NUMBER`."""
+    generator = np.random.default_rng(seed)
+    names, things = ("Ada", "Bob", "Cleo"), ("apples", "books", "coins")
+    rows = []
+    for _ in range(count):
+        name, thing = names[generator.integers(3)], things[generator.integers(3)]
+        one, other = (int(number) for number in generator.integers(1, 10, size=2))
+        question = f"{name} has {one} {thing} and buys {other} more. How many {thing} does {name} have?"
+        rows.append({"question": question, "answer": f"{name} has {one} + {other} {thing}.\n#### {one + other}"})
+    return rows
 
 
 def _save_tokenizer(folder: Path) -> None:

@@ -16,6 +16,8 @@ from common.codec import Layout, WireDtype, decode, encode
 from common.errors import RafloraError
 from worker.trainer_protocol import (
     Answer,
+    DryRun,
+    DryRunDone,
     Evaluate,
     Evaluated,
     Failed,
@@ -45,6 +47,8 @@ def main() -> None:
             (folder / "pid").write_text(str(os.getpid()))
             _say(_load(folder))
             continue
+        if isinstance(request, DryRun):
+            folder = Path(json.loads(request.config_json)["model"]["path"])
         mishap = _next_of(folder / "mishaps")
         try:
             _say(_misbehave(mishap, folder) or _work(request, poison=mishap == "nan"))
@@ -60,7 +64,15 @@ def _load(folder: Path) -> Answer:
     return _loaded()
 
 
-def _work(request: Train | Evaluate, *, poison: bool) -> Answer:
+def dry_run(request: DryRun) -> DryRunDone:
+    """A MiB a rank, ten an example, a hundred for the rest."""
+    peak_bytes = (100 + 10 * request.micro_batch + request.lora_rank) << 20
+    return DryRunDone(peak_bytes, 0.5, BASE_MODEL_DIGEST, SPEC.largest_rank, "cpu", 1 << 30)
+
+
+def _work(request: Train | Evaluate | DryRun, *, poison: bool) -> Answer:
+    if isinstance(request, DryRun):
+        return dry_run(request)
     layout = Layout(SPEC, request.lora_rank, WireDtype(request.wire_dtype))
     adapter = decode(Path(request.slice_path).read_bytes(), layout, "slice")
     if isinstance(request, Evaluate):

@@ -39,6 +39,7 @@ from common.errors import (
 )
 from worker import egress, forms, policy
 from worker.assignment import Assignment, LeaseLost, Means, Terms, record_departure, record_refusal
+from worker.measurement import Settled, settle
 from worker.messages import Enrolment, RankProfile, Task, Welcome, printable
 from worker.supervisor import TaskFailed
 from worker.trainer_protocol import Load, Loaded, ModelOrder
@@ -55,6 +56,7 @@ _MAY_LEAVE = frozenset(
         "diverged",
         "out_of_memory",
         "trainer_died",
+        "wrong_method",
         _WORKER_ERROR,
         *(kind.reason for kind in (AdapterMismatch, NotFinite, OutOfBounds, WrongSize, WrongRank)),
         *(kind.reason for kind in (UnknownTask, UnknownBlob, StaleRound, StaleSlice, UpdateConflict)),
@@ -66,6 +68,7 @@ _MAY_LEAVE = frozenset(
 _REFUSED = frozenset(
     {
         "policy_refused",
+        "wrong_method",
         *(kind.reason for kind in (InvalidRequest, AdapterMismatch, NotFinite, OutOfBounds, WrongSize, WrongRank)),
         *(kind.reason for kind in (ProtocolTooOld, CorruptTransfer)),
     }
@@ -97,8 +100,8 @@ class Agent:
         forgotten = 0
         while True:
             welcome = await self._means.contact.insist(self._means.client.handshake)
-            loaded = await self._load(welcome)
-            terms = await self._join(welcome.protocol, loaded)
+            settled, loaded = await self._load(welcome)
+            terms = await self._join(welcome, settled, loaded)
             try:
                 await self._serve(terms)
                 return
@@ -116,43 +119,50 @@ class Agent:
         except RafloraError as error:
             log.info("left without a goodbye", why=str(error))
 
-    async def _load(self, welcome: Welcome) -> Loaded:
-        """What the trainer holds once it has loaded what the federation asks for."""
-        config, model = self._means.config, welcome.model
+    async def _load(self, welcome: Welcome) -> tuple[Settled, Loaded]:
+        """The settings with a rank, and what the trainer holds once it has loaded what the federation asks for."""
+        model = welcome.model
         await self._refuse_unless(lambda: forms.check_welcome(welcome))
-        await self._refuse_unless(lambda: policy.check_welcome(config.policy, welcome))
+        await self._refuse_unless(lambda: policy.check_welcome(self._means.config.policy, welcome))
+        settled = settle(self._means.config, welcome)
+        config = settled.config
         structlog.contextvars.bind_contextvars(federation=welcome.federation)
         order = ModelOrder(
             task=model.task,
             labels=model.labels,
             target_modules=model.target_modules,
             modules_to_save=model.modules_to_save,
-            lora_rank=min(config.rank, model.global_rank),
+            lora_rank=min(config.rank_in(model.global_rank), model.global_rank),
             seed=model.seed,
         )
         log.info("loading", base_model=model.base_model, task=model.task)
         loaded = await self._means.trainer.load(Load(config.model_dump_json(), order, welcome.federation))
         digest, examples = loaded.base_model_digest, loaded.num_examples
         await self._refuse_unless(lambda: policy.check_base_model(config.policy, digest, "model.path"))
-        await self._refuse_unless(lambda: policy.check_examples(config.policy, examples))
-        return loaded
+        what = "test" if config.evaluator else "training"
+        await self._refuse_unless(lambda: policy.check_examples(config.policy, examples, what))
+        return settled.on(loaded), loaded
 
-    async def _join(self, protocol: int, loaded: Loaded) -> Terms:
+    async def _join(self, welcome: Welcome, settled: Settled, loaded: Loaded) -> Terms:
+        config = settled.config
         spec = AdapterSpec(
             tuple(ModuleShape(*module) for module in loaded.modules),
             tuple(TensorShape(*tensor) for tensor in loaded.tensors),
         )
         profile = RankProfile(
-            max_rank=min(self._means.config.rank, spec.largest_rank),
+            max_rank=min(config.rank_in(welcome.model.global_rank), spec.largest_rank),
             device=loaded.device,
             memory_bytes=loaded.memory_bytes,
             num_examples=loaded.num_examples,
+            examples_per_second=settled.examples_per_second,
+            measured=settled.measured,
+            evaluates_only=config.evaluator,
         )
-        enrolment = Enrolment(protocol, profile, loaded.base_model_digest, spec)
+        enrolment = Enrolment(welcome.protocol, profile, loaded.base_model_digest, spec)
         await record_departure(self._means, _as_departure(enrolment))
         place = await self._means.contact.insist(lambda: self._means.client.join(enrolment))
         await self._refuse_unless(lambda: forms.check_place(place))
-        await self._refuse_unless(lambda: policy.check_manifest(self._means.config.policy, place.manifest_digest))
+        await self._refuse_unless(lambda: policy.check_manifest(config.policy, place.manifest_digest))
         terms = Terms(
             spec=spec,
             manifest_digest=place.manifest_digest,
@@ -165,6 +175,7 @@ class Agent:
         log.info(
             "joined",
             rank=place.lora_rank,
+            why=place.rank_reason,
             examples=profile.num_examples,
             adapter_kb=round(size_bytes / 1000, 1),
             device=loaded.device,
@@ -262,11 +273,17 @@ class Agent:
 
 def _as_departure(enrolment: Enrolment) -> egress.Departure:
     profile, spec = enrolment.profile, enrolment.spec
+    more = "; evaluates only" if profile.evaluates_only else ""
+    if (measured := profile.measured) is not None:
+        more += (
+            f"; measured {measured.base_bytes} bytes and {measured.bytes_per_rank} a rank at micro-batch "
+            f"{measured.micro_batch} ({measured.quantization}), {profile.examples_per_second:.3g} examples/s"
+        )
     return egress.Departure(
         kind="join",
         digest=enrolment.base_model_digest,
         num_tensors=len(spec.modules) + len(spec.tensors),
         lora_rank=profile.max_rank,
         num_examples=profile.num_examples,
-        words=f"device {profile.device}, {profile.memory_bytes} bytes of memory",
+        words=f"device {profile.device}, {profile.memory_bytes} bytes of memory{more}",
     )

@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import math
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from common.adapter import AdapterSpec
 from common.codec import Layout, WireDtype, check_file
 from common.errors import AdapterMismatch, RafloraError, UnknownTask
 from common.failpoints import reach
+from common.trackers import Trackers
 from worker import egress, forms, uploads
 from worker.client import CoordinatorClient
 from worker.config import WorkerConfig
@@ -26,6 +27,7 @@ from worker.downloads import Slices
 from worker.messages import Blob, Evaluation, Outcome, Progress, Task, TaskKind, Update
 from worker.policy import check_size, check_task
 from worker.supervisor import TaskFailed, TrainerProcess
+from worker.tracking import Course
 from worker.trainer_protocol import Evaluate, ProgressMade, Train
 
 HEARTBEAT_JITTER = 0.2
@@ -52,6 +54,7 @@ class Means:
     trainer: TrainerProcess
     contact: Contact
     clock: Clock
+    course: Course = field(default_factory=lambda: Course(Trackers(())))
 
     @property
     def slices(self) -> Slices:
@@ -93,6 +96,7 @@ class Assignment:
             self._task,
             max_rank=self._terms.max_rank,
             num_examples=self._terms.num_examples,
+            evaluates_only=self._means.config.evaluator,
         )
         if self._task.manifest_digest != self._terms.manifest_digest:
             raise AdapterMismatch(
@@ -136,7 +140,10 @@ class Assignment:
         reach("task.training")
         trained = await self._means.trainer.train(order, self._note)
         reach("task.trained")
-        metrics = self._may_leave(_finite(trained.metrics))
+        metrics = _finite(trained.metrics)
+        counted = {"seconds": trained.seconds, "examples": float(trained.num_examples)}
+        self._means.course.done(task, metrics, counted)
+        metrics = self._may_leave(metrics)
         await asyncio.to_thread(check_file, update_path, self._layout, "own update")
         blob = await asyncio.to_thread(_blob_of, update_path)
         self._turn_to(replace(self._progress, activity="uploading"))
@@ -162,9 +169,11 @@ class Assignment:
             lora_rank=task.lora_rank,
             scaling=task.scaling,
             wire_dtype=self._terms.wire_dtype.value,
+            plan=task.evaluation,
         )
         evaluated = await self._means.trainer.evaluate(order, self._note)
         metrics = _finite(evaluated.metrics)
+        self._means.course.done(task, metrics, {"examples": float(evaluated.num_examples)})
         await self._report("evaluation", Blob(task.adapter.digest, 0), evaluated.num_examples, metrics)
         log.info("evaluated", round=task.round, **{name: round(value, 4) for name, value in metrics.items()})
         return Evaluation(task, evaluated.num_examples, metrics)
@@ -207,6 +216,7 @@ class Assignment:
     def _note(self, made: ProgressMade) -> None:
         train_loss = made.train_loss if self._means.config.policy.may_send_metrics else 0.0
         self._progress = Progress(made.activity, made.step, made.total_steps, train_loss)
+        self._means.course.at(self._task, replace(self._progress, train_loss=made.train_loss))
 
     async def _under_lease(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The work's result. Raises LeaseLost, with the work dropped, when the coordinator wants it no more."""

@@ -54,7 +54,7 @@ class ModelConfig(Section):
     revision: str | None = None
     """A hub commit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the frozen weights in memory; LoRA factors are always trained in float32."""
+    """Of the frozen weights in memory, auto: the checkpoint's, or bfloat16 beside quantised ones. Factors: float32."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Of the frozen weights in memory, through bitsandbytes: pip install "raflora[quantized]"."""
     gradient_checkpointing: bool = False
@@ -68,10 +68,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """This site's data; it never leaves."""
 
-    train: str
-    """A jsonl, csv or parquet file, or a hub data set's id."""
+    train: str = ""
+    """A jsonl, csv or parquet file, or a hub data set's id; an evaluator needs none."""
     test: str | None = None
-    """The same for evaluation; unset: a part of the training data is held out."""
+    """The same for evaluation; unset: a part of the training data is held out. An evaluator needs it."""
     holdout: Probability = 0.1
     """That part."""
     subset: str | None = None
@@ -146,7 +146,7 @@ class SitePolicy(Section):
     max_evaluations: int | None = Field(default=None, ge=0)
     """Evaluations in all; likewise."""
     min_examples: int = Field(default=1, ge=1)
-    """A site with fewer training examples does not take part."""
+    """A site with fewer training examples does not take part; of an evaluator its test examples count."""
     max_new_tokens: int = Field(default=4096, ge=0)
     """Tokens that one generated answer of an evaluation may take; 0: nothing is generated."""
     may_send_metrics: bool = True
@@ -179,7 +179,7 @@ class WorkerConfig(Section):
     rank: int = Field(default=0, ge=0, le=4096)
     """The largest LoRA rank that this machine can train; 0: what `raflora probe` proposed here."""
     evaluator: bool = False
-    """Train nothing: evaluate every adapter on this site's test data, for the operator."""
+    """Train nothing: evaluate every adapter on this site's test data, for the operator. Its rank 0: the global rank."""
     state_dir: Path = Path("worker-state")
     """Part files, the enrolment key and a sign of life; survives a restart."""
     threads: int = Field(default=0, ge=0)
@@ -204,3 +204,17 @@ class WorkerConfig(Section):
         if self.rank > self.policy.max_rank:
             raise ValueError(f"rank {self.rank} is above the site policy's max_rank {self.policy.max_rank}")
         return self
+
+    @model_validator(mode="after")
+    def _data_is_what_the_work_needs(self) -> "WorkerConfig":
+        if self.evaluator and not self.data.test:
+            raise ValueError("an evaluator needs data.test: a file, or a hub data set's id, to evaluate adapters on")
+        if not self.evaluator and not self.data.train:
+            raise ValueError("data.train is needed: a file or a hub data set's id to train on; or set evaluator = true")
+        return self
+
+    def rank_in(self, global_rank: int) -> int:
+        """The largest rank to offer a federation of that global rank; an evaluator without its own offers it all."""
+        if self.evaluator and not self.rank:
+            return min(self.policy.max_rank, global_rank)
+        return self.rank

@@ -1,4 +1,4 @@
-"""This site's data: reads it, splits it, and prepares every example once.
+"""This site's data: reads it, splits it, and has every record prepared as an example.
 
 Data is read here and nowhere else, and nothing here sends anything. Every complaint names file, row and column.
 """
@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, overload
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from worker.config import DataConfig
 
 Example: TypeAlias = Mapping[str, Any]  # what the task's collator takes
 FILE_KINDS = (".jsonl", ".csv", ".parquet")
+KEEP_BYTES = 1 << 30  # of prepared examples, where they are prepared on access
 _PARQUET_BATCH_ROWS = 1024
 _MAX_CELL_CHARACTERS = 16 << 20  # of a csv file; the module's own limit of 128 KiB is too small for long texts
 
@@ -53,19 +54,88 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What a task made of records."""
+
+    examples: Sequence[Example]
+    num_records: int  # that are in them: a task may leave some out, or make one example of several
+
+
+class Prepares(Protocol):
+    """What makes examples of records: the preparation of a task."""
+
+    def examples(self, rows: Sequence[Row], *, is_training: bool) -> Prepared:
+        """The records as examples, at least one. Raises DataError for the first that cannot be used."""
+        ...
+
+
+@dataclass(frozen=True)
 class LocalData:
     """The examples of this site, ready for the model."""
 
-    train: Sequence[Example]
+    train: Sequence[Example]  # none at an evaluator
     test: Sequence[Example]
+    test_rows: Sequence[Row] = ()  # what the test examples were made of, for answers that are generated or chosen
+    num_packed: int = 0  # records in `train`, if an example holds several
+
+    @property
+    def num_examples(self) -> int:
+        """Records that are trained on: this site's weight."""
+        return self.num_packed or len(self.train)
 
 
-def load_data(config: DataConfig, prepare: Callable[[Row], Example], *, seed: int, offline: bool) -> LocalData:
-    """Reads and prepares everything. Without `config.test` a part is held out, chosen by `seed` alone.
+class ExamplesOnAccess(Sequence[Example]):
+    """Examples that are prepared when they are needed, and kept while there is room for them.
 
-    Raises DataError for the first row that cannot be used.
+    `check` sees every record at once and cheaply; what only `prepare` can find is found when the example is needed.
     """
-    rows = read_source(config.train, config.subset, config.train_split, offline=offline)
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        check: Callable[[Row], None],
+        prepare: Callable[[Row], Example],
+        keep_bytes: int = KEEP_BYTES,
+    ) -> None:
+        for row in rows:
+            check(row)
+        self._rows = rows
+        self._prepare = prepare
+        self._room = keep_bytes
+        self._kept: dict[int, Example] = {}
+
+    def __len__(self) -> int:
+        """How many records there are."""
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        """One example, or some. Raises DataError if a record turns out to be unusable."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]  # also what counts from the end, and IndexError
+        if number in self._kept:
+            return self._kept[number]
+        example = self._prepare(self._rows[number])
+        size = sum(getattr(value, "nbytes", 0) for value in example.values())
+        if size <= self._room:
+            self._room -= size
+            self._kept[number] = example
+        return example
+
+
+def load_data(config: DataConfig, preparation: Prepares, *, seed: int, offline: bool) -> LocalData:
+    """Reads everything and has it prepared. Without `config.test` a part is held out, chosen by `seed` alone.
+
+    Without `config.train` there is nothing to train on. Raises DataError for the first row that cannot be used.
+    """
+    if not config.train and config.test is None:
+        raise DataError("data.train and data.test: neither is set, so there is nothing to train or evaluate on")
+    rows = read_source(config.train, config.subset, config.train_split, offline=offline) if config.train else []
     rows = _sample(rows, config.max_examples, seed)
     if config.test is not None:
         test = _sample(
@@ -73,7 +143,9 @@ def load_data(config: DataConfig, prepare: Callable[[Row], Example], *, seed: in
         )
     else:
         rows, test = _hold_out(rows, config, seed)
-    return LocalData(train=[prepare(row) for row in rows], test=[prepare(row) for row in test])
+    train = preparation.examples(rows, is_training=True) if rows else Prepared((), 0)
+    packed = train.num_records if train.num_records != len(train.examples) else 0
+    return LocalData(train.examples, preparation.examples(test, is_training=False).examples, test, packed)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -97,7 +169,10 @@ def read_source(source: str, subset: str | None, split: str, *, offline: bool) -
     else:
         rows = _hub_rows(source, subset, split, offline)
     if not rows:
-        raise DataError(f"{source}: holds no records")
+        raise DataError(
+            f"{source}: holds no records, so there is nothing to train or evaluate on; put records into it, or name "
+            "another file or data set with data.train and data.test"
+        )
     return rows
 
 

@@ -11,9 +11,9 @@ from common.codec import WireDtype
 from common.errors import InvalidRequest, ProtocolTooOld
 from common.transfer import check_digest
 from common.version import PROTOCOL, PROTOCOL_OLDEST
-from worker.config import KNOWN_TASKS, LAYER_NAME
+from worker.config import KNOWN_TASKS, LAYER_NAME, LAYER_PATTERN
 from worker.messages import ModelRequest, Place, Task, TaskKind, Welcome, printable
-from worker.trainer_protocol import Plan
+from worker.trainer_protocol import GENERATION, MATCHES, METHODS, EvaluationPlan, Plan
 
 MAX_NAME_CHARACTERS = 100  # of a federation
 MAX_LABELS = 32_768  # ImageNet has 21,841
@@ -21,11 +21,15 @@ MAX_LABEL_CHARACTERS = 200
 MAX_LABELS_CHARACTERS = 1 << 20  # of all labels: they must fit into one line to the trainer
 MAX_LAYERS = 1024
 MAX_LAYER_CHARACTERS = 200
+MAX_LAYER_PATTERNS = 64  # each is tried on every layer of the model
 MAX_SCALING = 1e4  # lora_alpha / rank of any published recipe is below 1e3
 MAX_BATCH_SIZE = 1 << 16
 MAX_HEARTBEAT_SECONDS = 3600.0
+MAX_NEW_TOKENS = 32_768  # of one generated answer
+MAX_EVALUATED_EXAMPLES = 1 << 32  # as many as one client may have
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _LAYER = re.compile(LAYER_NAME)
+_PATTERN = re.compile(LAYER_PATTERN)
 _SHOWN = 80  # characters of what was found, in a message
 
 
@@ -37,6 +41,10 @@ def check_welcome(welcome: Welcome) -> None:
         )
     if not _NAME.fullmatch(welcome.federation) or len(welcome.federation) > MAX_NAME_CHARACTERS:
         raise _invalid("handshake: federation", welcome.federation, "a short name of letters, digits, . _ -")
+    if not 0 <= welcome.batch_size <= MAX_BATCH_SIZE:
+        raise _invalid("handshake: batch_size", welcome.batch_size, f"up to {MAX_BATCH_SIZE}")
+    if not 0 <= welcome.lora_dropout < 1:
+        raise _invalid("handshake: lora_dropout", welcome.lora_dropout, "at least 0 and below 1")
     _check_model(welcome.model)
 
 
@@ -56,6 +64,8 @@ def check_task(task: Task) -> None:
         raise _invalid(f"round {task.round}: scaling", task.scaling, f"up to {MAX_SCALING:g}, above 0")
     if task.kind is TaskKind.TRAIN:
         _check_plan(task.plan, f"round {task.round}:")
+    else:
+        _check_evaluation(task.evaluation, f"round {task.round}:")
 
 
 def _check_plan(plan: Plan, whose: str) -> None:
@@ -72,6 +82,18 @@ def _check_plan(plan: Plan, whose: str) -> None:
             raise _invalid(f"{whose} {name}", number, "a finite number, not negative")
 
 
+def _check_evaluation(plan: EvaluationPlan, whose: str) -> None:
+    if plan.method not in METHODS:
+        raise _invalid(f"{whose} evaluation method", plan.method, ", ".join(METHODS))
+    if plan.match not in MATCHES:
+        raise _invalid(f"{whose} evaluation match", plan.match, ", ".join(MATCHES))
+    fewest = 1 if plan.method == GENERATION else 0
+    if not fewest <= plan.max_new_tokens <= MAX_NEW_TOKENS:
+        raise _invalid(f"{whose} max_new_tokens", plan.max_new_tokens, f"{fewest} to {MAX_NEW_TOKENS}")
+    if not 0 <= plan.max_examples <= MAX_EVALUATED_EXAMPLES:
+        raise _invalid(f"{whose} max_examples", plan.max_examples, f"0 (all) to {MAX_EVALUATED_EXAMPLES}")
+
+
 def _check_model(model: ModelRequest) -> None:
     if model.base_model_digest:
         check_digest(model.base_model_digest, "handshake: base model")
@@ -86,16 +108,19 @@ def _check_model(model: ModelRequest) -> None:
     for label in model.labels:
         if not label.isprintable() or not 0 < len(label) <= MAX_LABEL_CHARACTERS:
             raise _invalid("handshake: label", label, f"1 to {MAX_LABEL_CHARACTERS} printable characters")
-    _check_layers("target_modules", model.target_modules)
-    _check_layers("modules_to_save", model.modules_to_save)
+    patterns = [name for name in model.target_modules if not _LAYER.fullmatch(name)]
+    if len(patterns) > MAX_LAYER_PATTERNS:
+        raise InvalidRequest(f"handshake: {len(patterns)} patterns; at most {MAX_LAYER_PATTERNS} are taken")
+    _check_layers("target_modules", model.target_modules, _PATTERN, "a layer's name or its end; * and ? are allowed")
+    _check_layers("modules_to_save", model.modules_to_save, _LAYER, "a layer's name, or the end of one; no pattern")
 
 
-def _check_layers(what: str, names: Sequence[str]) -> None:
+def _check_layers(what: str, names: Sequence[str], form: re.Pattern[str], expected: str) -> None:
     if len(names) > MAX_LAYERS:
         raise InvalidRequest(f"handshake: {len(names)} {what}; at most {MAX_LAYERS} are taken")
     for name in names:
-        if len(name) > MAX_LAYER_CHARACTERS or not _LAYER.fullmatch(name):
-            raise _invalid(f"handshake: {what}", name, "a layer's name, or the end of one; no pattern")
+        if len(name) > MAX_LAYER_CHARACTERS or not form.fullmatch(name):
+            raise _invalid(f"handshake: {what}", name, expected)
 
 
 def _invalid(what: str, found: object, expected: str) -> InvalidRequest:

@@ -61,6 +61,8 @@ class Welcome:
     protocol: int
     federation: str
     model: ModelRequest
+    batch_size: int = 0  # of the rounds to come, for whoever measures before; 0: not told
+    lora_dropout: float = 0.0
 
 
 @dataclass(frozen=True)

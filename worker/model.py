@@ -1,41 +1,43 @@
-"""The frozen base model and one live LoRA adapter on it.
+"""One live LoRA adapter on a frozen base model: written, read and re-ranked between rounds.
 
-Weights come from safetensors files only, code never comes with them, and nothing is newly initialised behind
-anybody's back. PEFT's key names are not here but in peft_format.
+The base model comes from base_model, the layers from targets; PEFT's key names are not here but in peft_format.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import structlog
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig
 
 from common.adapter import Adapter, AdapterSpec, ModuleShape, TensorShape
 from common.errors import AdapterMismatch
 from worker import peft_format
+from worker.base_model import device_of, digest_of_weights, is_quantized, load_base, resolve_folder
 from worker.config import ModelConfig
+from worker.targets import ALL_LINEAR, is_transposed, resolve_heads, resolve_targets
 from worker.tasks import ModelError, Task, task_named
 from worker.trainer_protocol import ModelOrder
 
-ALL_LINEAR = "all-linear"
-_NAMES = ("one", "other")  # a live model changes its rank by changing from one adapter to the other
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_DOWNLOADED = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # configuration, tokenizer, weights
-_READ_BYTES = 1 << 20
-_SHOWN = 5  # names in an error message
+__all__ = [
+    "ALL_LINEAR",
+    "AdaptedModel",
+    "describe_model",
+    "device_of",
+    "digest_of_weights",
+    "live_factors",
+    "load_model",
+    "read_adapter",
+    "resolve_folder",
+    "set_dropout",
+    "write_adapter",
+]
 
-log = structlog.get_logger()
+_NAMES = ("one", "other")  # a live model changes its rank by changing from one adapter to the other
+_SHOWN = 5  # names in an error message
 
 
 @dataclass
@@ -52,6 +54,7 @@ class AdaptedModel:
     modules_to_save: tuple[str, ...]
     rank: int
     adapter_name: str  # PEFT's, for the only adapter there is
+    lora_dropout: float = 0.0
 
     @property
     def base(self) -> Any:
@@ -65,13 +68,14 @@ def load_model(config: ModelConfig, order: ModelOrder) -> AdaptedModel:
     folder = resolve_folder(config)
     digest = digest_of_weights(folder)
     device = device_of(config)
-    base = _load_base(folder, config, order, task)
-    if device.type == "cpu" and base.dtype == torch.float16:
-        base = _widened(base, config)
-    targets = _resolve_targets(base, order)
-    heads = _resolve_heads(base, order.modules_to_save)
+    base = load_base(folder, config, order)
+    targets = resolve_targets(base, order)
+    heads = resolve_heads(base, order.modules_to_save)
     torch.manual_seed(order.seed % (1 << 63))
-    live = get_peft_model(base, _lora_config(targets, heads, order.lora_rank), adapter_name=_NAMES[0])
+    # Where only some layers are transposed, PEFT finds them out itself and says so.
+    transposed = all(is_transposed(base.get_submodule(name)) for name in targets)
+    lora = _lora_config(targets, heads, order.lora_rank, fan_in_fan_out=transposed)
+    live = get_peft_model(base, lora, adapter_name=_NAMES[0])
     adapted = AdaptedModel(
         live=live,
         task=task,
@@ -87,7 +91,8 @@ def load_model(config: ModelConfig, order: ModelOrder) -> AdaptedModel:
     if {module.name for module in adapted.spec.modules} != set(targets):
         raise ModelError(f"{config.path}: PEFT adapted other layers than {list(targets[:_SHOWN])}")
     _train_in_float32(live)
-    live.to(adapted.device)
+    if not is_quantized(base):
+        live.to(device)
     return adapted
 
 
@@ -119,146 +124,18 @@ def read_adapter(model: AdaptedModel) -> Adapter:
     return peft_format.from_state(arrays, model.spec)
 
 
+def set_dropout(model: AdaptedModel, lora_dropout: float) -> None:
+    """Zeroes this share of what goes into lora_A while training, until it is set anew; other ranks keep it."""
+    for layer in _lora_layers(model.live).values():
+        chosen = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        layer.lora_dropout[model.adapter_name] = chosen.train(layer.training)
+    model.lora_dropout = lora_dropout
+
+
 def live_factors(model: AdaptedModel) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """lora_A [rank, in] and lora_B [out, rank] of every adapted layer: the very parameters, not copies."""
     name, layers = model.adapter_name, _lora_layers(model.live).values()
     return [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers]
-
-
-def device_of(config: ModelConfig) -> torch.device:
-    """The device that the site names; auto is a GPU if there is one. Raises ModelError if there is none such."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-    except RuntimeError:
-        raise ModelError(f'model.device {config.device!r}: "auto", "cpu", "cuda" or "cuda:1" is expected') from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"model.device {config.device!r}: torch sees {torch.cuda.device_count()} GPU(s) here")
-    return device
-
-
-def resolve_folder(config: ModelConfig) -> Path:
-    """The folder of a local model, or of a hub model's snapshot, downloaded unless offline."""
-    folder = Path(config.path).expanduser()
-    if folder.is_dir():
-        return folder
-    try:
-        snapshot = snapshot_download(
-            config.path,
-            revision=config.revision,
-            local_files_only=config.offline,
-            allow_patterns=_DOWNLOADED,
-            ignore_patterns=["*/*"],
-        )
-    except LocalEntryNotFoundError:
-        raise ModelError(
-            f"{config.path}: neither a folder nor in the local hub cache, and the hub was not reached"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(f"{config.path}: neither a folder nor a hub model that can be had: {error}") from None
-    return Path(snapshot)
-
-
-def digest_of_weights(folder: Path) -> str:
-    """SHA-256 over (name, SHA-256) of the weight files in name order: what "the same base model" means."""
-    total = hashlib.sha256()
-    for path in sorted(_weight_files(folder), key=lambda p: p.name):
-        single = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                single.update(block)
-        total.update(f"{path.name} {single.hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads: one, or the shards that the index names."""
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
-    try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        shards = [folder / name for name in set(index["weight_map"].values())]
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: neither {_WEIGHTS} nor {_INDEX}; only safetensors weights are loaded") from None
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{folder / _INDEX}: not an index of weight files: {error}") from None
-    missing = sorted(path.name for path in shards if not path.is_file() or path.parent != folder)
-    if missing:
-        raise ModelError(f"{folder}: the weight files {missing[:_SHOWN]} are missing")
-    return shards
-
-
-def _load_base(folder: Path, config: ModelConfig, order: ModelOrder, task: Task) -> Any:
-    labels = dict(enumerate(order.labels))
-    named = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}} if labels else {}
-    try:
-        base, found = task.auto_class.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=config.dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # looked at below, where the message can say what to do
-            **named,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{config.path}: cannot be loaded for {order.task}: {error}") from None
-    _check_frozen_head(base, folder, config, order)
-    new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
-    saved = tuple(order.modules_to_save)
-    strays = sorted(key for key in new if not any(_is_under(key, name) for name in saved))
-    if strays:
-        modules = sorted({name.rpartition(".")[0] for name in strays})
-        raise ModelError(
-            f"{config.path}: the checkpoint has no fitting values for {strays[:_SHOWN]}, so every worker would "
-            f"start with different random ones; add {modules[:_SHOWN]} to modules_to_save"
-        )
-    replaced = sorted(name for name in saved if _has_values(base, name, new))
-    if replaced:
-        log.warning(
-            "values of the checkpoint are not used",
-            modules_to_save=replaced,
-            why="the federation starts modules_to_save from the coordinator's seed",
-        )
-    return base
-
-
-def _widened(base: Any, config: ModelConfig) -> Any:
-    if config.dtype == "float16":
-        raise ModelError(f"{config.path}: float16 cannot be trained on a CPU; use bfloat16, float32 or auto")
-    return base.float()
-
-
-def _has_values(base: Any, saved: str, new: set[str]) -> bool:
-    return any(_is_under(key, saved) and key not in new for key, _ in base.named_parameters())
-
-
-def _check_frozen_head(base: Any, folder: Path, config: ModelConfig, order: ModelOrder) -> None:
-    """A head that is not trained means what it meant: its labels must be the federation's, in the same order."""
-    if not order.labels or _last_layer_is_trained(base, order):
-        return
-    try:
-        found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).id2label
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{config.path}: its config.json cannot be used: {error}") from None
-    own = tuple(str(found[number]) for number in sorted(found))
-    is_named = any(name != f"LABEL_{number}" for number, name in enumerate(own))
-    if is_named and own != order.labels:
-        raise ModelError(
-            f"{config.path}: its head is frozen and tells {list(own[:_SHOWN])} apart, but the federation's labels are "
-            f"{list(order.labels[:_SHOWN])}; use the model's labels in its order, or add the head to modules_to_save"
-        )
-
-
-def _last_layer_is_trained(base: Any, order: ModelOrder) -> bool:
-    """Whether modules_to_save covers the layer whose outputs are the labels; a trained pooler below is not enough."""
-    outside = (name for name, module in base.named_modules() if isinstance(module, nn.Linear))
-    heads = [name for name in outside if not name.startswith(f"{base.base_model_prefix}.")]
-    if not heads:
-        return bool(order.modules_to_save)
-    return any(_is_under(heads[-1], saved) for saved in order.modules_to_save)
 
 
 def _labels_of(base: Any, ordered: tuple[str, ...]) -> tuple[str, ...]:
@@ -267,59 +144,14 @@ def _labels_of(base: Any, ordered: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(str(label) for _, label in sorted(base.config.id2label.items()))
 
 
-def _resolve_targets(base: Any, order: ModelOrder) -> tuple[str, ...]:
-    """The full names of the layers that LoRA goes on. Raises ModelError if a target matches none."""
-    saved = order.modules_to_save
-    inside = {
-        name: module
-        for name, module in base.named_modules()
-        if name and not any(_is_under(name, head) for head in saved)
-    }
-    linear = [name for name, module in inside.items() if isinstance(module, nn.Linear)]
-    if order.target_modules == (ALL_LINEAR,):
-        # The head is no part of the base: PEFT's own all-linear would take a frozen classifier too.
-        return tuple(name for name in linear if name.startswith(f"{base.base_model_prefix}."))
-    chosen: set[str] = set()
-    for target in order.target_modules:
-        matches = {name for name in inside if _ends_with(name, target)}
-        others = sorted(matches - set(linear))
-        if others:
-            raise ModelError(f"target_modules {target!r}: {others[0]} is no linear layer")
-        if not matches:
-            last_parts = sorted({name.rpartition(".")[2] for name in linear})
-            raise ModelError(
-                f"target_modules {target!r}: no layer of this {type(base).__name__} is called so; "
-                f"linear layers here end in {', '.join(last_parts)}"
-            )
-        chosen |= matches
-    if not chosen:
-        raise ModelError(f"target_modules: at least one is needed, or {ALL_LINEAR!r}")
-    return tuple(sorted(chosen))
-
-
-def _resolve_heads(base: Any, modules_to_save: Sequence[str]) -> tuple[str, ...]:
-    names = [name for name, _ in base.named_modules()]
-    heads: set[str] = set()
-    for wanted in modules_to_save:
-        found = {name for name in names if _ends_with(name, wanted)}
-        # PEFT compares the ends of names without a dot, so "classifier" would take pre_classifier as well.
-        taken = {name for name in names if name.endswith(wanted)}
-        if not found:
-            top = sorted({name for name, _ in base.named_children()})
-            raise ModelError(f"modules_to_save {wanted!r}: no such module; at the top there are {', '.join(top)}")
-        if any(not any(_ends_with(name, each) for each in modules_to_save) for name in taken):
-            raise ModelError(f"modules_to_save {wanted!r}: PEFT would also take {sorted(taken - found)}; name them too")
-        heads |= found
-    return tuple(sorted(heads))
-
-
-def _lora_config(targets: Sequence[str], heads: Sequence[str], rank: int) -> LoraConfig:
+def _lora_config(targets: Sequence[str], heads: Sequence[str], rank: int, *, fan_in_fan_out: bool) -> LoraConfig:
     # No task type: PEFT would add heads to modules_to_save by itself.
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
         lora_dropout=0.0,
         bias="none",
+        fan_in_fan_out=fan_in_fan_out,
         target_modules=list(targets),
         modules_to_save=list(heads) or None,
     )
@@ -357,12 +189,15 @@ def _spec_of(live: PeftModel, heads: Iterable[str]) -> AdapterSpec:
 def _rerank(model: AdaptedModel, rank: int) -> None:
     """Replaces the live adapter by one of another rank: milliseconds, the base model stays where it is."""
     spare = next(name for name in _NAMES if name != model.adapter_name)
-    config = _lora_config([m.name for m in model.spec.modules], model.modules_to_save, rank)
+    current: Any = model.live.peft_config[model.adapter_name]
+    targets = [module.name for module in model.spec.modules]
+    config = _lora_config(targets, model.modules_to_save, rank, fan_in_fan_out=current.fan_in_fan_out)
     # In this order: between deleting the only adapter and adding the next, PEFT has no head to set.
     model.live.add_adapter(spare, config)
     model.live.set_adapter(spare)
     model.live.delete_adapter(model.adapter_name)
     model.adapter_name, model.rank = spare, rank
+    set_dropout(model, model.lora_dropout)
     _train_in_float32(model.live)
 
 
@@ -371,12 +206,3 @@ def _train_in_float32(live: PeftModel) -> None:
     for parameter in live.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _is_under(name: str, module: str) -> bool:
-    """Whether a module or parameter lies in a module of that name, wherever that module is."""
-    return f".{module}." in f".{name}."

@@ -11,7 +11,7 @@ from common.errors import RafloraError
 from worker.config import SitePolicy
 from worker.egress import Spent
 from worker.messages import Task, TaskKind, Welcome
-from worker.trainer_protocol import Plan
+from worker.trainer_protocol import GENERATION, Plan
 
 _SHOWN = 8  # entries of a list in a message
 
@@ -72,11 +72,11 @@ def check_base_model(policy: SitePolicy, digest: str, whose: str) -> None:
         )
 
 
-def check_examples(policy: SitePolicy, num_examples: int) -> None:
-    """Raises PolicyRefused if this site has too few examples to hide one of them among."""
+def check_examples(policy: SitePolicy, num_examples: int, what: str = "training") -> None:
+    """Raises PolicyRefused if this site has too few examples to hide one of them among; an evaluator's are `test`."""
     if num_examples < policy.min_examples:
         raise PolicyRefused(
-            f"site policy: {num_examples} training examples, but min_examples is {policy.min_examples}; not joined"
+            f"site policy: {num_examples} {what} examples, but min_examples is {policy.min_examples}; not joined"
         )
 
 
@@ -85,15 +85,25 @@ def check_manifest(policy: SitePolicy, digest: str) -> None:
     _check_listed("manifest", digest, policy.allowed_manifests, "allowed_manifests")
 
 
-def check_task(policy: SitePolicy, task: Task, *, max_rank: int, num_examples: int) -> None:
-    """Raises PolicyRefused unless the task is within the site's bounds; `max_rank` is what this worker offered."""
+def check_task(
+    policy: SitePolicy, task: Task, *, max_rank: int, num_examples: int, evaluates_only: bool = False
+) -> None:
+    """Raises PolicyRefused unless the task is within the site's bounds; `max_rank` is what this worker offered.
+
+    A worker that `evaluates_only` trains nothing, whatever is asked.
+    """
     allowed_rank = min(policy.max_rank, max_rank)
     if not 1 <= task.lora_rank <= allowed_rank:
         raise _refusal(task, "rank", task.lora_rank, f"1 to {allowed_rank}")
     if task.kind is TaskKind.EVALUATE:
         if not policy.may_send_metrics:
             raise PolicyRefused(f"site policy: round {task.round} asks for an evaluation; no metrics leave this site")
+        asked, allowed = task.evaluation.max_new_tokens, policy.max_new_tokens
+        if task.evaluation.method == GENERATION and asked > allowed:
+            raise _refusal(task, "new tokens", asked, f"at most {allowed}")
         return
+    if evaluates_only:
+        raise PolicyRefused(f"site policy: round {task.round} asks for training; this worker is an evaluator")
     if not 0 < task.plan.learning_rate <= policy.max_learning_rate:
         raise _refusal(task, "learning rate", task.plan.learning_rate, f"at most {policy.max_learning_rate}")
     steps = steps_of(task.plan, num_examples)
@@ -155,7 +165,10 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _is_within(name: str, allowed: str) -> bool:
-    """Whether every layer that `name` stands for is one that `allowed` stands for: names match by their ends."""
+    """Whether every layer that `name` stands for is one that `allowed` stands for: names match by their ends.
+
+    Of a pattern too, whatever it begins with: what it stands for ends as it ends, and `allowed` holds no * and no ?.
+    """
     return name == allowed or name.endswith(f".{allowed}")
 
 

@@ -18,8 +18,10 @@ from worker.config import WorkerConfig
 from worker.contact import Clock, Contact
 from worker.enrolment import Admission, Keeper, admit, keeper_of
 from worker.identity import client_id_of, enrol_key_of, holding
+from worker.measurement import check_rank
 from worker.policy_file import with_policy_file
 from worker.supervisor import DEFAULT_COMMAND, TrainerProcess
+from worker.tracking import Course, trackers_of
 
 log = structlog.get_logger()
 
@@ -40,6 +42,7 @@ async def run_worker(config: WorkerConfig) -> None:
 async def work(config: WorkerConfig, trainer_command: Sequence[str] = DEFAULT_COMMAND, clock: Clock = Clock()) -> None:
     """The same in a state folder that is already held, with another trainer or clock."""
     config = with_policy_file(config)
+    check_rank(config)
     contact, where = Contact(config.state_dir, clock), config.coordinator
     try:
         admission = await _unless_terminated(admit(config, contact, clock))
@@ -81,16 +84,18 @@ async def _unless_terminated(coming_in: Coroutine[Any, Any, Admission]) -> Admis
 
 async def _work_as(admission: Admission, config: WorkerConfig, trainer_command: Sequence[str], clock: Clock) -> None:
     structlog.contextvars.bind_contextvars(client=admission.client_id)
+    trackers = trackers_of(config, admission.client_id)
     who = Credentials(admission.client_id, enrol_key_of(config.state_dir), software_version())
     client = CoordinatorClient(admission.where, who)
-    trainer = TrainerProcess(config.policy.max_task_seconds, trainer_command)
+    trainer = TrainerProcess(config.policy.max_task_seconds, trainer_command, config.launch)
     contact = Contact(config.state_dir, clock)
-    agent = Agent(Means(config, client, trainer, contact, clock))
+    agent = Agent(Means(config, client, trainer, contact, clock, Course(trackers)))
     try:
         await _until_terminated(agent, trainer, keeper_of(admission, client, contact, clock))
     finally:
         await trainer.stop()
         await client.close()
+        await asyncio.to_thread(trackers.close)
 
 
 async def _until_terminated(agent: Agent, trainer: TrainerProcess, keeper: Keeper | None) -> None:

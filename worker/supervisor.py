@@ -1,4 +1,4 @@
-"""Owns the trainer process: starts it, speaks to it, notices its death, kills it.
+"""Owns the trainer process, or the group of them: starts it, speaks to it, notices its death, kills it.
 
 The trainer is started when it is needed and stays, with the base model in memory, also when a task is dropped. It
 is killed if it does not answer, and when the worker ends; the next task then starts it afresh.
@@ -18,10 +18,14 @@ from typing import TypeVar
 import structlog
 
 from common.errors import RafloraError
-from common.settings import environment_with
+from common.settings import environment_alone
+from worker.config import LaunchConfig
+from worker.launch import Meeting, first_of, group_command, group_environment
 from worker.trainer_protocol import (
     MAX_LINE_BYTES,
     Answer,
+    DryRun,
+    DryRunDone,
     Evaluate,
     Evaluated,
     Failed,
@@ -38,13 +42,14 @@ from worker.trainer_protocol import (
 
 DEFAULT_COMMAND = (sys.executable, "-m", "worker.trainer")
 MAX_LOAD_SECONDS = 6 * 3600.0  # a base model may have to come over a slow line first
+MAX_START_SECONDS = 900.0  # of a group, until its first process speaks; a cluster's launcher may be slow
 STOP_SECONDS = 20.0  # between telling the trainer to drop a task and killing it: one step of a slow model
 _REMEMBERED_LINES = 8  # of the trainer's stderr, for the message when it has died
 _LONGEST_QUOTE = 600
 _MAX_STDERR_BYTES = 64 << 10  # a longer line is passed through in pieces
 _REAP_SECONDS = 5.0
 
-Expected = TypeVar("Expected", Loaded, Trained, Evaluated)
+Expected = TypeVar("Expected", Loaded, Trained, Evaluated, DryRunDone)
 OnProgress = Callable[[ProgressMade], None]
 
 log = structlog.get_logger()
@@ -75,11 +80,16 @@ class _Process:
     stdout: asyncio.StreamReader
     last_words: deque[str]
     listening: asyncio.Task[None]
+    is_group: bool = False
 
     def kill(self) -> None:
         """Ends it and everything it started: data loader workers must not outlive it."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        if self.is_group:
+            # Launchers put their processes into sessions of their own. Those end with their launcher, and also
+            # where that is on another machine, as soon as the first one loses its agent.
+            self.stdin.close()
 
     async def reap(self) -> None:
         """Waits for its end and its last words; not for ever, as a stray child may keep the pipes open."""
@@ -97,9 +107,15 @@ class TrainerProcess:
     Raises TrainerDied, or TaskFailed with the trainer's own reason.
     """
 
-    def __init__(self, max_task_seconds: float, command: Sequence[str] = DEFAULT_COMMAND) -> None:
+    def __init__(
+        self,
+        max_task_seconds: float,
+        command: Sequence[str] = DEFAULT_COMMAND,
+        launch: LaunchConfig = LaunchConfig(),
+    ) -> None:
         self._max_task_seconds = max_task_seconds
         self._command = tuple(command)
+        self._launch = launch
         self._running: _Process | None = None
         self._order: Load | None = None
         self._loaded: Loaded | None = None
@@ -121,6 +137,16 @@ class TrainerProcess:
     async def evaluate(self, request: Evaluate, on_progress: OnProgress) -> Evaluated:
         """Evaluates one slice."""
         return await self._work(request, Evaluated, on_progress)
+
+    async def dry_run(self, request: DryRun, on_progress: OnProgress) -> DryRunDone:
+        """Measures on a base model that the trainer loads by itself; a trainer that failed is not used again."""
+        if self._running is None:
+            self._running = await _spawn(self._command)
+        try:
+            return await self._ask(request, DryRunDone, on_progress)
+        except TaskFailed:
+            await self.stop()  # what an out-of-memory left behind would be measured too
+            raise
 
     def kill(self) -> None:
         """Kills the trainer for good and at once: who cancels a task afterwards need not wait for its next step."""
@@ -145,8 +171,9 @@ class TrainerProcess:
     async def _start(self, order: Load) -> Loaded:
         """A fresh trainer with model and data loaded."""
         await self.stop()
-        self._running = await _spawn(self._command)
-        log.info("trainer started", pid=self._running.process.pid)
+        is_group = self._launch.is_group
+        self._running = await (_spawn_group(self._command, self._launch) if is_group else _spawn(self._command))
+        log.info("trainer started", pid=self._running.process.pid, is_group=is_group)
         try:
             loaded = await self._ask(order, Loaded, _ignore)
         except TaskFailed:
@@ -163,7 +190,7 @@ class TrainerProcess:
         running = self._running
         if running is None:
             raise RuntimeError("there is no trainer to ask")
-        limit_seconds = MAX_LOAD_SECONDS if isinstance(request, Load) else self._max_task_seconds
+        limit_seconds = MAX_LOAD_SECONDS if isinstance(request, Load | DryRun) else self._max_task_seconds
         try:
             async with asyncio.timeout(limit_seconds):
                 answer = await _converse(running, request, on_progress)
@@ -209,13 +236,56 @@ async def _spawn(command: Sequence[str]) -> _Process:
         stderr=asyncio.subprocess.PIPE,
         limit=MAX_LINE_BYTES,
         start_new_session=True,
-        env=environment_with(),  # without the join token: the trainer runs code of the model's libraries
+        env=environment_alone(),  # without the join token: the trainer runs code of the model's libraries
     )
     if process.stdin is None or process.stdout is None or process.stderr is None:
         raise RuntimeError("three pipes were asked for")
     last_words: deque[str] = deque(maxlen=_REMEMBERED_LINES)
     listening = asyncio.create_task(_pass_through(process.stderr, last_words))
     return _Process(process, process.stdin, process.stdout, last_words, listening)
+
+
+async def _spawn_group(trainer: Sequence[str], launch: LaunchConfig) -> _Process:
+    """Starts the launcher and waits for the group's first process. Raises ConfigError, TrainerDied or TaskFailed."""
+    meeting = Meeting()
+    try:
+        await meeting.open()
+        process = await asyncio.create_subprocess_exec(
+            *group_command(launch, trainer, meeting.path),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+            env=group_environment(launch),
+        )
+        if process.stdout is None:
+            raise RuntimeError("a pipe was asked for")
+        last_words: deque[str] = deque(maxlen=_REMEMBERED_LINES)
+        listening = asyncio.create_task(_pass_through(process.stdout, last_words))
+        return await _met(process, meeting, last_words, listening)
+    finally:
+        meeting.close()
+
+
+async def _met(
+    process: asyncio.subprocess.Process, meeting: Meeting, last_words: deque[str], listening: asyncio.Task[None]
+) -> _Process:
+    ended = asyncio.create_task(process.wait())
+    try:
+        connection = await first_of(meeting, ended, MAX_START_SECONDS)
+        if connection is None:
+            await asyncio.wait({listening}, timeout=_REAP_SECONDS)
+            raise TrainerDied(_how_it_ended(process.returncode, last_words))
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if isinstance(error, TimeoutError):
+            what = f"trainer: no process of the group came within {MAX_START_SECONDS:g} s"
+            raise TaskFailed("time_limit", what) from None
+        raise
+    finally:
+        ended.cancel()
+    return _Process(process, connection[1], connection[0], last_words, listening, is_group=True)
 
 
 async def _converse(running: _Process, request: Request, on_progress: OnProgress) -> Answer:
@@ -242,12 +312,18 @@ async def _epitaph(running: _Process) -> str:
     status = running.process.returncode
     if status is None:
         return "trainer closed its output and went on without us"
+    return _how_it_ended(status, running.last_words)
+
+
+def _how_it_ended(status: int | None, last_words: Sequence[str]) -> str:
+    if status is None:
+        return "trainer ended"
     how = f"exit code {status}"
     if status < 0:
         how = f"signal {signal.Signals(-status).name}"
         if -status == signal.SIGKILL:
             how += " (often the system, short of memory)"
-    log.warning("trainer ended", how=how, last_words=" | ".join(running.last_words)[-_LONGEST_QUOTE:])
+    log.warning("trainer ended", how=how, last_words=" | ".join(last_words)[-_LONGEST_QUOTE:])
     # What it wrote may hold local data; it stays in the site's log.
     return f"trainer ended with {how}; the worker's log has its last words"
 

@@ -4,10 +4,11 @@ A new kind of task is one more class here; model, data and training know none of
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -15,69 +16,48 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     default_data_collator,
 )
 
-from common.errors import InvalidRequest, RafloraError
+from common.errors import InvalidRequest
 from worker.config import DataConfig
-from worker.data import ClassName, DataError, Example, Row
+from worker.data import ClassName, DataError, Example, ExamplesOnAccess, Prepared, Row
 from worker.features import FeatureClassifier, collate_features
+from worker.task import Collator, ModelError, Preparation, Task, tokenizer_in
+from worker.trainers import ExactTrainer
 
-Collator = Callable[[list[Any]], dict[str, Any]]
+__all__ = ["Collator", "ModelError", "Preparation", "Task", "task_named", "tokenizer_in"]
+
 GREY_LEVELS = 255
 _DEEP_LEVELS = 65_535  # of a grey PNG with 16 bits
 
 
-class ModelError(RafloraError):
-    """The base model cannot be used as the federation asks; the message says why and what to do."""
-
-    code = "FAILED_PRECONDITION"
-    reason = "model_error"
-
-
-class Preparation(Protocol):
-    """What turns this site's rows into what the model takes; made once per load."""
-
-    def example(self, row: Row) -> Example:
-        """One row as the model's inputs and `labels`. Raises DataError that names file, row and column."""
-        ...
-
-    @property
-    def collator(self) -> Collator:
-        """Makes a batch of a list of examples."""
-        ...
-
-
-class Task(Protocol):
-    """One kind of task."""
-
-    name: str
-    auto_class: Any  # transformers' class with from_pretrained
-
-    def prepare(self, folder: Path, model: Any, labels: Sequence[str], config: DataConfig) -> Preparation:
-        """The preparation that belongs to the model in `folder`. Raises ModelError if its files are not there."""
-        ...
-
-    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """What is measured besides the loss."""
-        ...
-
-
 def task_named(name: str) -> Task:
     """The task of that name. Raises InvalidRequest that lists those there are."""
-    tasks: tuple[Task, ...] = (SequenceClassification(), ImageClassification(), FeatureClassification())
-    for task in tasks:
-        if task.name == name:
-            return task
-    known = ", ".join(task.name for task in tasks)
-    raise InvalidRequest(f"task {name!r}: this worker knows {known}")
+    tasks: Mapping[str, Callable[[], Task]] = {
+        SequenceClassification.name: SequenceClassification,
+        ImageClassification.name: ImageClassification,
+        FeatureClassification.name: FeatureClassification,
+        "causal-lm": _causal_language_model,
+    }
+    if name not in tasks:
+        raise InvalidRequest(f"task {name!r}: this worker knows {', '.join(tasks)}")
+    return tasks[name]()
+
+
+def _causal_language_model() -> Task:
+    from worker.causal import CausalLanguageModel  # noqa: PLC0415 # it loads trl, which others do not need
+
+    return CausalLanguageModel()
 
 
 class _Classification:
     """What the classification tasks share."""
+
+    trainer_class = ExactTrainer
+    evaluation_batch = 64
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The share of examples whose largest logit is that of their label."""
@@ -125,19 +105,6 @@ class FeatureClassification(_Classification):
         """The model's configuration says what features look like; nothing need lie beside it."""
         shape = _FeatureShape(model.config.hidden_size, of_tokens=model.config.num_hidden_layers > 0)
         return _Features(shape, LabelColumn(config.label_column, labels), config.feature_column)
-
-
-def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer that lies in a folder. Raises ModelError if it cannot be loaded or knows no words."""
-    advice = f"put the tokenizer of the base model (tokenizer.json, tokenizer_config.json) into {folder}"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"{folder}: no tokenizer that can be loaded; {advice}: {error}") from None
-    # Without a vocabulary transformers makes an empty tokenizer, to which every word is unknown.
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise ModelError(f"{folder}: the tokenizer knows no words; {advice}")
-    return tokenizer
 
 
 def _image_processor_in(folder: Path) -> Any:
@@ -190,7 +157,17 @@ class LabelColumn:
         return int(number) if number.is_integer() else None
 
 
-class _Texts:
+class _AtOnce:
+    """Rows that are prepared once: their examples are small."""
+
+    def example(self, row: Row) -> Example:
+        raise NotImplementedError
+
+    def examples(self, rows: Sequence[Row], *, is_training: bool) -> Prepared:  # noqa: ARG002
+        return Prepared([self.example(row) for row in rows], len(rows))
+
+
+class _Texts(_AtOnce):
     def __init__(self, tokenizer: Any, longest: int, label: LabelColumn, config: DataConfig) -> None:
         self._tokenizer = tokenizer
         self._label = label
@@ -209,6 +186,8 @@ class _Texts:
         text = row[column]
         if not isinstance(text, str):
             raise DataError(f"{row.where}: column {column!r} holds {text!r:.60}; a text is expected")
+        if not text.strip():
+            raise DataError(f"{row.where}: column {column!r} is empty; fill it or remove the record")
         return text
 
 
@@ -220,21 +199,30 @@ class _Images:
         self._column = column
         self.collator: Collator = default_data_collator
 
+    def examples(self, rows: Sequence[Row], *, is_training: bool) -> Prepared:  # noqa: ARG002
+        # As pixels a large data set fits into no memory; its files do.
+        return Prepared(ExamplesOnAccess(rows, check=self._check, prepare=self.example), len(rows))
+
+    def _check(self, row: Row) -> None:
+        self._label.number(row)
+        self._image(row, is_decoded=False)
+
     def example(self, row: Row) -> Example:
         # Cameras write how they were held beside the pixels; people see the image turned.
         image = ImageOps.exif_transpose(self._image(row)).convert(self._mode)
         pixels = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": self._label.number(row)}
 
-    def _image(self, row: Row) -> Image.Image:
+    def _image(self, row: Row, *, is_decoded: bool = True) -> Image.Image:
         value = row[self._column]
         where = f"{row.where}: column {self._column!r}"
         if isinstance(value, Mapping):  # the Image feature of data sets: bytes, or else a path
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
-            return _decoded(value, where)
+            return _opened(io.BytesIO(value), where, is_decoded=is_decoded)
         if isinstance(value, str):
-            return _decoded(_read(row.folder / value, where), where)
+            with _file(row.folder / value, where) as file:
+                return _opened(file, where, is_decoded=is_decoded)
         return _from_rows(value, where)
 
 
@@ -247,7 +235,7 @@ class _FeatureShape:
         return f"rows of {self.width} numbers, one a token," if self.of_tokens else f"{self.width} numbers"
 
 
-class _Features:
+class _Features(_AtOnce):
     def __init__(self, shape: _FeatureShape, label: LabelColumn, column: str) -> None:
         self._shape = shape
         self._label = label
@@ -273,17 +261,22 @@ class _Features:
         return numbers
 
 
-def _read(path: Path, where: str) -> bytes:
+@contextmanager
+def _file(path: Path, where: str) -> Iterator[BinaryIO]:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            yield file
     except OSError as error:
         raise DataError(f"{where} names the image {path}, which cannot be read: {error.strerror}") from None
 
 
-def _decoded(content: bytes, where: str) -> Image.Image:
+def _opened(file: BinaryIO, where: str, *, is_decoded: bool) -> Image.Image:
+    """The image; undecoded, only its header was read."""
     try:
         # Two formats on purpose: fewer decoders stand open to a file from outside.
-        image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+        image = Image.open(file, formats=("PNG", "JPEG"))
+        if not is_decoded:
+            return image
         image.load()
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{where} is no PNG or JPEG that can be decoded: {error}") from None

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from pydantic import ValidationError
 
@@ -29,16 +29,21 @@ from common.errors import ConfigError, InvalidRequest, RafloraError
 from common.failpoints import reach
 from common.logs import set_up_logs
 from worker.config import WorkerConfig
+from worker.fitting import MicroBatch, free_memory, is_out_of_memory, loaded
 from worker.identity import client_id_of
 from worker.quiet import silence_libraries
 from worker.trainer_protocol import (
     MAX_LINE_BYTES,
+    SOCKET_OPTION,
     Answer,
+    DryRun,
+    DryRunDone,
     Evaluate,
     Evaluated,
     Failed,
     Load,
     Loaded,
+    ModelOrder,
     ProgressMade,
     Request,
     Stop,
@@ -50,13 +55,18 @@ from worker.trainer_protocol import (
 
 if TYPE_CHECKING:
     from worker.data import LocalData
+    from worker.dry_run import Bench
+    from worker.group import Group
     from worker.model import AdaptedModel
     from worker.tasks import Preparation
+    from worker.training import Outcome
 
 MAX_WAITING_REQUESTS = 4  # an agent asks one thing at a time; more waiting is a mistake of ours
 PROGRESS_SECONDS = 0.2  # between two lines of progress
 
 Say = Callable[[Answer], None]
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 
 class Stopped(RafloraError):
@@ -73,12 +83,19 @@ class _Session:
     model: "AdaptedModel"
     preparation: "Preparation"
     data: "LocalData"
+    seed: int  # the federation's
+    training: MicroBatch
+    evaluating: MicroBatch
 
 
 def main() -> int:
     """Serves requests until the input ends; exit status 1 if something happened that nobody foresaw."""
     # Ctrl-C in a terminal reaches the whole process group; the agent decides when its trainer ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if SOCKET_OPTION in sys.argv[:-1]:
+        from worker.member import serve  # noqa: PLC0415 # only a group needs torch to speak
+
+        return serve(sys.argv[-1], lambda say, stopping, group: _Trainer(say, stopping, group).answer)
     answers = _keep_stdout_for_answers()
     requests: queue.Queue[bytes] = queue.Queue(maxsize=MAX_WAITING_REQUESTS)
     stopping = threading.Event()
@@ -101,17 +118,22 @@ def main() -> int:
 class _Trainer:
     """Does one request after the other."""
 
-    def __init__(self, say: Say, stopping: threading.Event) -> None:
+    def __init__(self, say: Say, stopping: threading.Event, group: "Group | None" = None) -> None:
         self._say = say
         self._stopping = stopping
+        self._group = group  # None: this process is alone
         self._session: _Session | None = None
+        self._bench: tuple[str, ModelOrder, Bench] | None = None  # what a dry run loaded, and by which words
 
     def answer(self, line: bytes) -> Answer:
         """The last answer to a request; progress is said on the way. Everything that goes wrong is a Failed."""
         try:
-            return self._do(request_from_line(line))
+            request = request_from_line(line)
+            # Each process loads for itself; what comes later they do in step.
+            return self._do(request) if isinstance(request, Load) else self._in_step(self._do)(request)
         except RafloraError as error:
-            return Failed(error.reason, str(error))
+            # Without the others a process of a group can do nothing more.
+            return Failed(error.reason, str(error), fatal=error.reason == "trainer_died")
         except Exception as error:
             if not is_out_of_memory(error):
                 traceback.print_exc()
@@ -122,7 +144,7 @@ class _Trainer:
                 "out_of_memory", f"{type(error).__name__}; a smaller batch_size or rank may help, the log says more"
             )
         # Only here: the error held the frames, and they what filled the memory.
-        _free_memory()
+        free_memory()
         return failed
 
     def _do(self, request: Request) -> Answer:
@@ -133,23 +155,35 @@ class _Trainer:
                 return self._train(request)
             case Evaluate():
                 return self._evaluate(request)
+            case DryRun():
+                return self._dry_run(request)
             case Stop():
                 raise InvalidRequest("trainer: Stop is no request of its own")
 
+    @property
+    def _size(self) -> int:
+        return 1 if self._group is None else self._group.size
+
+    def _in_step(self, work: Callable[[Given], Result]) -> Callable[[Given], Result]:
+        """The same work; in a group it ends in every process if it ends in one."""
+        group = self._group
+        return work if group is None else lambda given: group.together(lambda: work(given), _word_of)
+
     def _load(self, request: Load) -> Loaded:
-        self._session = None
-        gc.unfreeze()
-        _free_memory()
-        config = _config_from(request.config_json)
-        set_up_logs(config.log_format, config.log_level, **log_context(config, request.federation))
-        _set_up_libraries(config)
+        config = self._on_own_device(self._begin_anew(request.config_json, request.federation))
         from worker.data import load_data  # noqa: PLC0415 # seconds of imports, after the protocol is up
         from worker.model import load_model  # noqa: PLC0415
 
-        model = load_model(config.model, request.order)
+        model = loaded(
+            lambda: load_model(config.model, request.order),
+            lora_rank=request.order.lora_rank,
+            device=config.model.device,
+        )
         preparation = model.task.prepare(model.folder, model.base, model.labels, config.data)
-        data = load_data(config.data, preparation.example, seed=request.order.seed, offline=config.model.offline)
-        self._session = _Session(config, model, preparation, data)
+        wanted = config.data.model_copy(update={"train": ""}) if config.evaluator else config.data
+        data = load_data(wanted, preparation, seed=request.order.seed, offline=config.model.offline)
+        limits = MicroBatch(config.batch_size), MicroBatch()
+        self._session = _Session(config, model, preparation, data, request.order.seed, *limits)
         # The Trainer collects garbage after every round; what stays for ever need not be looked at each time.
         gc.collect()
         gc.freeze()
@@ -157,50 +191,114 @@ class _Trainer:
             base_model_digest=model.base_model_digest,
             modules=tuple((m.name, m.out_features, m.in_features) for m in model.spec.modules),
             tensors=tuple((t.name, t.shape) for t in model.spec.tensors),
-            num_examples=len(data.train),
+            num_examples=len(data.test) if config.evaluator else data.num_examples,
             device=str(model.device),
             memory_bytes=_memory_bytes(model),
         )
 
+    def _on_own_device(self, config: WorkerConfig) -> WorkerConfig:
+        """The settings for this process of a group."""
+        if self._group is None:
+            return config
+        from worker.group import own_device  # noqa: PLC0415
+
+        device = own_device(config.model.device, self._group)
+        return config.model_copy(update={"model": config.model.model_copy(update={"device": device})})
+
+    def _begin_anew(self, config_json: str, federation: str = "") -> WorkerConfig:
+        """Lets go of what is loaded and takes these settings."""
+        self._session = self._bench = None
+        gc.unfreeze()
+        free_memory()
+        config = _config_from(config_json)
+        set_up_logs(config.log_format, config.log_level, **log_context(config, federation))
+        _set_up_libraries(config)
+        return config
+
+    def _dry_run(self, request: DryRun) -> DryRunDone:
+        from worker.dry_run import load_bench, measure  # noqa: PLC0415
+
+        if self._bench is None or self._bench[:2] != (request.config_json, request.order):
+            config = self._begin_anew(request.config_json)
+            self._bench = request.config_json, request.order, load_bench(config, request.order)
+        bench = self._bench[2]
+        step = measure(bench, request, _Progress(self._say, "measuring", self._stopping))
+        return DryRunDone(
+            peak_bytes=step.peak_bytes,
+            seconds_per_step=step.seconds,
+            base_model_digest=bench.model.base_model_digest,
+            largest_rank=bench.model.spec.largest_rank,
+            device=str(bench.model.device),
+            memory_bytes=_memory_bytes(bench.model),
+        )
+
     def _train(self, request: Train) -> Trained:
+        from worker.group import ALONE  # noqa: PLC0415
         from worker.model import read_adapter  # noqa: PLC0415
         from worker.training import train  # noqa: PLC0415
 
-        session = self._put_slice(request)
-        outcome = train(
-            session.model,
-            session.data.train,
-            request.plan,
-            collator=session.preparation.collator,
-            memory_batch=session.config.batch_size,
-            report=_Progress(self._say, "training", self._stopping),
+        session = self._session_for(request)
+        if session.config.evaluator:
+            raise InvalidRequest("trainer: Train, but this worker is an evaluator and holds no training data")
+        progress = _Progress(self._say, "training", self._stopping)
+
+        def from_the_slice(micro_batch: int) -> "Outcome":
+            self._put_slice(request)  # anew, for what ran out of memory has trained a part of it
+            return train(
+                session.model,
+                session.data.train,
+                request.plan,
+                collator=session.preparation.collator,
+                memory_batch=micro_batch,
+                report=progress,
+                group=self._group or ALONE,
+            )
+
+        outcome, micro_batch = session.training.fit(
+            self._in_step(from_the_slice),
+            batch_size=max(1, request.plan.batch_size // self._size),  # train refuses what is below
+            doing="training on",
+            device=str(session.model.device),
         )
         content = codec.encode(read_adapter(session.model), codec.WireDtype(request.wire_dtype))
         reach("result.writing")
-        Path(request.update_path).write_bytes(content)
+        if self._group is None or self._group.is_first:
+            Path(request.update_path).write_bytes(content)
         reach("result.written")
-        return Trained(len(session.data.train), outcome.seconds, outcome.metrics)
+        return Trained(len(session.data.train), outcome.seconds, {**outcome.metrics, "micro_batch": float(micro_batch)})
 
     def _evaluate(self, request: Evaluate) -> Evaluated:
-        from worker.training import evaluate  # noqa: PLC0415
+        from worker.evaluation import Pace, TestData, evaluate_by  # noqa: PLC0415
+        from worker.group import ALONE  # noqa: PLC0415
 
         session = self._put_slice(request)
-        outcome = evaluate(
-            session.model,
-            session.data.test,
-            collator=session.preparation.collator,
-            memory_batch=session.config.batch_size,
-            report=_Progress(self._say, "evaluating", self._stopping),
+        tests = TestData(session.data, session.preparation, session.config.data, session.seed)
+        progress = _Progress(self._say, "evaluating", self._stopping)
+
+        def at_once(micro_batch: int) -> tuple[int, dict[str, float]]:
+            # Until memory runs out each kind of evaluation knows best how many.
+            limit = micro_batch if session.evaluating.at_most else session.config.batch_size
+            return evaluate_by(request.plan, session.model, tests, Pace(limit, progress, self._group or ALONE))
+
+        (num_examples, metrics), _ = session.evaluating.fit(
+            self._in_step(at_once),
+            batch_size=Pace(session.config.batch_size, progress).batch,
+            doing="evaluating",
+            device=str(session.model.device),
         )
-        return Evaluated(len(session.data.test), outcome.metrics)
+        return Evaluated(num_examples, metrics)
 
     def _put_slice(self, request: Train | Evaluate) -> _Session:
         """Makes the live adapter the one in the request's file."""
         from worker.model import write_adapter  # noqa: PLC0415
 
+        session = self._session_for(request)
+        write_adapter(session.model, _read_slice(request, session.model), scaling=request.scaling)
+        return session
+
+    def _session_for(self, request: Train | Evaluate) -> _Session:
         if self._session is None:
             raise InvalidRequest(f"trainer: {type(request).__name__} before Load")
-        write_adapter(self._session.model, _read_slice(request, self._session.model), scaling=request.scaling)
         return self._session
 
 
@@ -223,29 +321,17 @@ class _Progress:
         self._say(ProgressMade(self._activity, step, total_steps, train_loss))
 
 
+def _word_of(error: Exception) -> str:
+    """What the other processes of a group hear of it."""
+    if is_out_of_memory(error):
+        return "out_of_memory"
+    return error.reason if isinstance(error, RafloraError) else "failed"
+
+
 def log_context(config: WorkerConfig, federation: str) -> dict[str, str]:
     """What stands in every line of the trainer's log, as in the agent's."""
     named = {"federation": federation} if federation else {}
     return {"role": "trainer", "client": client_id_of(config.name), **named}
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the device or the machine had no memory left: a smaller batch or rank may help."""
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    # Elsewhere torch has no type of its own for it.
-    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-def _free_memory() -> None:
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _keep_stdout_for_answers() -> BinaryIO:

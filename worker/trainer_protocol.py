@@ -10,6 +10,9 @@ from typing import Any, TypeAlias
 
 from common.errors import InvalidRequest
 
+LOSS, GENERATION, CHOICE = METHODS = ("loss", "generation", "choice")  # of an evaluation
+EXACT, LAST_NUMBER = MATCHES = ("exact", "last-number")  # when a generated answer is right
+SOCKET_OPTION = "--socket"  # what a process of a group is given besides: where process 0 finds the agent
 MAX_LINE_BYTES = 4 << 20  # a spec of thousands of modules fits; anything longer is not ours
 
 
@@ -45,10 +48,10 @@ class Plan:
 class EvaluationPlan:
     """How to evaluate (raflora.v1.EvaluationPlan)."""
 
-    method: str = "loss"  # "loss", "generation", "choice"
-    max_new_tokens: int = 0
-    match: str = "exact"  # "exact", "last-number"
-    max_examples: int = 0  # 0: all
+    method: str = LOSS  # one of METHODS
+    max_new_tokens: int = 0  # of one generated answer
+    match: str = EXACT  # one of MATCHES
+    max_examples: int = 0  # the first so many of a seeded order, the same in every round; 0: all
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,18 @@ class Evaluate:
     scaling: float
     wire_dtype: str
     plan: EvaluationPlan = EvaluationPlan()
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Measure some training steps on made-up examples; loads the base model alone, unless the last one did so."""
+
+    config_json: str  # as in Load
+    order: ModelOrder
+    lora_rank: int
+    micro_batch: int
+    steps: int  # the first few are warm-up
+    lora_dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +143,18 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class DryRunDone:
+    """Answer to DryRun."""
+
+    peak_bytes: int  # the most memory at one time
+    seconds_per_step: float
+    base_model_digest: str
+    largest_rank: int  # that the adapted layers are wide enough for
+    device: str
+    memory_bytes: int  # of the device
+
+
+@dataclass(frozen=True)
 class Failed:
     """Answer to anything that could not be done; the trainer lives on unless it says `fatal`."""
 
@@ -138,8 +165,8 @@ class Failed:
     fatal: bool = False
 
 
-Request: TypeAlias = Load | Train | Evaluate | Stop
-Answer: TypeAlias = Loaded | ProgressMade | Trained | Evaluated | Failed
+Request: TypeAlias = Load | Train | Evaluate | DryRun | Stop
+Answer: TypeAlias = Loaded | ProgressMade | Trained | Evaluated | DryRunDone | Failed
 
 
 def to_line(message: Request | Answer) -> bytes:
@@ -180,9 +207,9 @@ def _content_of(line: bytes) -> dict[str, Any]:
 def _request(kind: object, content: dict[str, Any]) -> Request:
     match kind:
         case "Load":
-            fields = content.pop("order").items()
-            order: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields}
-            return Load(order=ModelOrder(**order), **content)
+            return Load(order=_order(content.pop("order")), **content)
+        case "DryRun":
+            return DryRun(order=_order(content.pop("order")), **content)
         case "Train":
             return Train(plan=Plan(**content.pop("plan")), **content)
         case "Evaluate":
@@ -191,6 +218,11 @@ def _request(kind: object, content: dict[str, Any]) -> Request:
             return Stop(**content)
         case other:
             raise InvalidRequest(f"trainer: unknown request {other!r}")
+
+
+def _order(fields: dict[str, Any]) -> ModelOrder:
+    read: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return ModelOrder(**read)
 
 
 def _answer(kind: object, content: dict[str, Any]) -> Answer:
@@ -205,6 +237,8 @@ def _answer(kind: object, content: dict[str, Any]) -> Answer:
             return Trained(**content)
         case "Evaluated":
             return Evaluated(**content)
+        case "DryRunDone":
+            return DryRunDone(**content)
         case "Failed":
             return Failed(**content)
         case other:

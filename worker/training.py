@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from common.adapter import shrunk_rank
 from common.errors import InvalidRequest, RafloraError
 from worker.data import Example
-from worker.model import AdaptedModel, live_factors
+from worker.group import ALONE, Group
+from worker.group_training import for_group, own_batch, share_of
+from worker.model import AdaptedModel, live_factors, set_dropout
 from worker.tasks import Collator
 from worker.trainer_protocol import Plan
 
 MAX_SEED = 1 << 32  # numpy's limit
-_EVALUATION_BATCH = 64
 
 Report = Callable[[int, int, float], None]  # step, total_steps, train_loss; what it raises ends the work
 
@@ -63,22 +64,26 @@ def train(
     memory_batch: int | None,
     report: Report,
     pruning: Pruning | None = None,
+    group: Group = ALONE,
 ) -> Outcome:
     """Trains the live adapter in place. Raises Diverged.
 
     `memory_batch` is how many examples fit at once; the plan's batch is accumulated from equal parts of at most
     that size, so it is the same batch on every machine. With `pruning` its term is a part of the train_loss.
+    In a group every process calls this, and each computes its part of every batch.
     """
     if plan.batch_size < 1 or (plan.local_steps < 1 and plan.local_epochs <= 0):
         raise InvalidRequest(f"plan: nothing to do in {plan}")
-    part = _largest_divisor(plan.batch_size, at_most=memory_batch or plan.batch_size)
+    set_dropout(model, plan.lora_dropout)
+    own = own_batch(plan.batch_size, group)
+    part = _largest_divisor(own, at_most=memory_batch or own)
     duration = {"max_steps": plan.local_steps} if plan.local_steps else {"num_train_epochs": plan.local_epochs}
     with tempfile.TemporaryDirectory() as unused:
         arguments = _arguments(
             model,
             output_dir=unused,  # the Trainer insists on a folder; nothing is written to it
-            per_device_train_batch_size=part,
-            gradient_accumulation_steps=plan.batch_size // part,
+            per_device_train_batch_size=part * group.size,  # what the group computes at once
+            gradient_accumulation_steps=own // part,
             learning_rate=plan.learning_rate,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=plan.warmup_steps,
@@ -91,12 +96,13 @@ def train(
             logging_nan_inf_filter=False,  # a loss that is not finite must be seen, not smoothed over
             **duration,
         )
-        trainer = _trainer(model, arguments, collator, [_Watch(report)], train_dataset=examples)
+        kind = for_group(model.task.trainer_class, group)
+        trainer = _trainer(model, arguments, collator, [_Watch(report)], kind, train_dataset=examples)
         if pruning is not None and shrunk_rank(model.rank, pruning.share) > 0:
             trainer.extra_loss = lambda: _pruning_loss(model, pruning)
         started = time.monotonic()
         with _lora_A_frozen(model) if plan.freezes_lora_A else nullcontext():
-            result = _run(model, trainer.train)
+            result = _run(model, trainer, trainer.train)
         seconds = time.monotonic() - started
     for name, parameter in model.live.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
@@ -111,25 +117,32 @@ def evaluate(
     collator: Collator,
     memory_batch: int | None,
     report: Report,
+    group: Group = ALONE,
 ) -> Outcome:
-    """The live adapter's `eval_loss` and the task's metrics on these examples. Raises Diverged."""
+    """The live adapter's `eval_loss` and the task's metrics on these examples. Raises Diverged.
+
+    In a group every process evaluates a part, and all get the metrics of the whole.
+    """
+    mine, share = share_of(examples, group)
+    most = model.task.evaluation_batch
     with tempfile.TemporaryDirectory() as unused:
         arguments = _arguments(
             model,
             output_dir=unused,
-            per_device_eval_batch_size=min(memory_batch or _EVALUATION_BATCH, _EVALUATION_BATCH),
+            per_device_eval_batch_size=min(memory_batch or most, most),
         )
         trainer = _trainer(
             model,
             arguments,
             collator,
             [_Watch(report)],
-            eval_dataset=examples,
-            compute_metrics=model.task.metrics,
+            eval_dataset=mine,
+            compute_metrics=lambda prediction: model.task.metrics(share.gathered(prediction)),
         )
         started = time.monotonic()
-        found = _run(model, trainer.evaluate)
+        found = _run(model, trainer, trainer.evaluate)
         seconds = time.monotonic() - started
+    found["eval_loss"] = share.mean(found["eval_loss"])
     if not math.isfinite(found["eval_loss"]):
         raise Diverged(f"the evaluation loss is {found['eval_loss']}")
     measured = {name for name in found if name.startswith("eval_")} - _SPEED
@@ -185,50 +198,11 @@ class _Watch(TrainerCallback):
         self._report(self._predicted, len(eval_dataloader), 0.0)
 
 
-class _ExactTrainer(Trainer):
-    """Accumulates a batch from parts as if it had been one: every example weighs the same, in a short part too.
-
-    The Trainer would leave the division to any model whose forward takes `**kwargs`; classifiers do not divide.
-    """
-
-    extra_loss: Callable[[], torch.Tensor] | None = None  # of the parameters alone; counts once for a batch
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.model_accepts_loss_kwargs = True  # so the examples of the whole batch are counted, whatever the model
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The part's share of the whole batch's mean loss."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if self.extra_loss is not None:
-            loss = loss + self.extra_loss()
-        if num_items_in_batch is not None:
-            loss = loss * (len(inputs["labels"]) / num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-
-class _OneDevice(TrainingArguments):
-    """Training on the device that the site chose; the Trainer would take every GPU that it sees."""
-
-    chosen: torch.device = torch.device("cpu")
-
-    @property
-    def device(self) -> torch.device:
-        """The model's device."""
-        _ = super().device  # sets up accelerate's state
-        return self.chosen
-
-    @property
-    def n_gpu(self) -> int:
-        """One at most, so that nothing is replicated."""
-        return int(self.chosen.type == "cuda")
-
-
-def _arguments(model: AdaptedModel, **more: Any) -> TrainingArguments:
-    dtype = next(p.dtype for p in model.live.parameters() if not p.requires_grad)
-    arguments = _OneDevice(
+def _arguments(model: AdaptedModel, **more: Any) -> Any:
+    # What is quantised is no floating-point number; the rest says how it is computed with.
+    frozen = (p for p in model.live.parameters() if not p.requires_grad and p.is_floating_point())
+    dtype = next(p.dtype for p in frozen)
+    arguments = model.task.trainer_class.arguments_class(
         **more,
         use_cpu=model.device.type == "cpu",
         bf16=dtype == torch.bfloat16,
@@ -248,9 +222,16 @@ def _arguments(model: AdaptedModel, **more: Any) -> TrainingArguments:
 
 
 def _trainer(
-    model: AdaptedModel, arguments: TrainingArguments, collator: Collator, callbacks: list[TrainerCallback], **more: Any
-) -> _ExactTrainer:
-    trainer = _ExactTrainer(model=model.live, args=arguments, data_collator=collator, callbacks=callbacks, **more)
+    model: AdaptedModel,
+    arguments: TrainingArguments,
+    collator: Collator,
+    callbacks: list[TrainerCallback],
+    kind: Any = None,
+    **more: Any,
+) -> Any:
+    trainer = (kind or model.task.trainer_class)(
+        model=model.live, args=arguments, data_collator=collator, callbacks=callbacks, **more
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -278,11 +259,12 @@ def _pruning_loss(model: AdaptedModel, pruning: Pruning) -> torch.Tensor:
     return pruning.penalty * torch.stack(tails).sum()
 
 
-def _run(model: AdaptedModel, work: Callable[[], Any]) -> Any:
+def _run(model: AdaptedModel, trainer: Any, work: Callable[[], Any]) -> Any:
     """Does the work and lets go of the gradients, whatever comes of it."""
     try:
         return work()
     finally:
+        trainer.close()
         model.live.zero_grad(set_to_none=True)
 
 

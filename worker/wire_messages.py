@@ -25,6 +25,8 @@ def welcome_of(answer: pb.HandshakeResponse) -> Welcome:
             global_rank=answer.model.global_rank,
             seed=answer.model.seed,
         ),
+        batch_size=answer.batch_size,
+        lora_dropout=answer.lora_dropout,
     )
 
 

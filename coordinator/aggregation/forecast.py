@@ -41,11 +41,25 @@ def forecast_collapse(census: Sequence[tuple[int, int]], cohort: int = 0) -> Col
     share = sum(n for rank, n in zip(ranks, examples, strict=True) if rank > smallest) / sum(examples)
     clients = len(census)
     drawn = min(cohort, clients) if cohort > 0 else clients
-    factor = share**2 + share * (1.0 - share) / drawn * (clients - drawn) / (clients - 1)
-    half_life_rounds = math.log(2.0) / -math.log(factor)
+    factor = energy_factor(share, clients, drawn)
+    half_life_rounds = half_life_of(factor)
     fate = _fate(factor, half_life_rounds)
     sentence = f"under a rank-agnostic average the energy above rank {smallest} would {fate}"
     return CollapseForecast(smallest, largest, factor, half_life_rounds, sentence)
+
+
+def energy_factor(share: float, clients: int, drawn: int) -> float:
+    """E[q^2], for a direction whose owners hold this share of the examples and `drawn` of the clients drawn a round."""
+    if clients < 2:
+        return share**2
+    return share**2 + share * (1.0 - share) / drawn * (clients - drawn) / (clients - 1)
+
+
+def half_life_of(factor: float) -> float:
+    """Rounds until half of the energy is left: 0 where all of it is gone at once, infinity where none ever goes."""
+    if factor <= 0.0:
+        return 0.0
+    return math.inf if factor >= 1.0 else math.log(2.0) / -math.log(factor)
 
 
 def _fate(factor: float, half_life_rounds: float) -> str:

@@ -1,16 +1,18 @@
-"""What time and the state alone bring about: open, close, extend, abandon."""
+"""What time and the state alone bring about: open, close, extend, abandon, stop."""
 
 from collections.abc import Iterator
 
 from coordinator.federation.events import (
     EvaluationClosed,
     Event,
+    FederationStopped,
     RoundAbandoned,
     RoundClosed,
     RoundExtended,
     RoundOpened,
 )
 from coordinator.federation.ranks import select_cohort
+from coordinator.federation.scores import reason_to_stop
 from coordinator.federation.state import Assignment, Kind, OpenRound, Phase, State
 
 
@@ -55,10 +57,12 @@ def _due_between_rounds(state: State, now: float) -> Event | None:
             return EvaluationClosed(now)  # nobody is left to ask
         everybody = tuple((c.client_id, c.rank) for c in clients)
         return RoundOpened(Kind.EVALUATE, state.round, state.attempt + 1, now, deadline, everybody)
-    if len(state.clients) < rules.min_clients or len(state.active_clients) < rules.min_clients:
+    if reason := reason_to_stop(state.best, rules.stopping):
+        return FederationStopped(reason)
+    if len(state.clients) < rules.min_clients or len(state.training_clients) < rules.min_clients:
         return None
     number, attempt = state.round + 1, state.attempt + 1
-    cohort = select_cohort(rules, state.active_clients, number, attempt)
+    cohort = select_cohort(rules, state.training_clients, number, attempt)
     return RoundOpened(Kind.TRAIN, number, attempt, now, deadline, cohort)
 
 

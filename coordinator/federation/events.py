@@ -7,6 +7,8 @@ later versions of the rules cannot rewrite an old federation. Names are for ever
 from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
+from coordinator.federation.ranks import SET_BY_OPERATOR
+from coordinator.federation.scores import best_after
 from coordinator.federation.state import (
     Assignment,
     Client,
@@ -157,6 +159,13 @@ class EvaluationClosed:
 
 
 @dataclass(frozen=True)
+class FederationStopped:
+    """Further rounds are not worth it: the federation ends before its last one."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class PauseSet:
     """An operator paused or resumed."""
 
@@ -187,6 +196,7 @@ Event: TypeAlias = (
     | RoundAbandoned
     | AdapterPublished
     | EvaluationClosed
+    | FederationStopped
     | PauseSet
     | LeasesSkipped
 )
@@ -213,7 +223,8 @@ def evolve(state: State, event: Event) -> State:  # noqa: C901, PLR0912 - one br
             client = replace(state.clients[client_id], membership=Membership.LEFT, last_failure=reason)
             return _without_part(_with_client(state, client), client_id)
         case RankSet(client_id, rank):
-            return _with_client(state, replace(state.clients[client_id], rank=rank, rank_is_set=True))
+            client = replace(state.clients[client_id], rank=rank, rank_is_set=True, rank_reason=SET_BY_OPERATOR)
+            return _with_client(state, client)
         case RoundOpened():
             return _opened(state, event)
         case TaskClaimed(client_id, token, slice_digest):
@@ -240,6 +251,8 @@ def evolve(state: State, event: Event) -> State:  # noqa: C901, PLR0912 - one br
             return _published(state, event)
         case EvaluationClosed(evaluated_at):
             return _evaluated(state, evaluated_at)
+        case FederationStopped(reason):
+            return replace(state, phase=Phase.FINISHED, stopped_early=reason)
         case LeasesSkipped(last_lease_token):
             return replace(state, last_lease_token=last_lease_token)
         case PauseSet(is_paused):
@@ -347,4 +360,5 @@ def _evaluated(state: State, evaluated_at: float) -> State:
     assignments = state.open.assignments if state.open is not None else ()
     evaluations = tuple((a.client_id, a.rank, a.evaluation) for a in assignments if a.evaluation is not None)
     record = replace(state.history[-1], evaluations=evaluations, evaluated_at=evaluated_at)
-    return _without_round(replace(state, attempt=0, history=(*state.history[:-1], record)))
+    best = best_after(state.best, record, state.known_rules.stopping)
+    return _without_round(replace(state, attempt=0, history=(*state.history[:-1], record), best=best))

@@ -1,7 +1,8 @@
-"""Why nothing happens, in one sentence, for people."""
+"""Why nothing happens, and why there is no best adapter, in one sentence, for people."""
 
 from coordinator.federation.due import awaited
 from coordinator.federation.requests import DIVERGED
+from coordinator.federation.scores import reason_not_counted
 from coordinator.federation.state import Kind, OpenRound, Phase, State
 
 
@@ -9,6 +10,8 @@ def explain(state: State, now: float) -> str:
     """What the federation waits for: "2 of 3 updates, quorum 2, deadline in 42 s; waiting for bob"."""
     if state.phase is Phase.WAITING_FOR_SPEC:
         return "waiting for the first worker to say which layers are adapted"
+    if state.stopped_early:
+        return f"finished early, after {state.round} of {state.known_rules.num_rounds} rounds: {state.stopped_early}"
     if state.phase is Phase.FINISHED:
         return f"finished: {state.round} of {state.known_rules.num_rounds} rounds are published"
     if state.open is None:
@@ -18,6 +21,17 @@ def explain(state: State, now: float) -> str:
     return _in_round(state, state.open, now) + ("; paused after this round" if state.is_paused else "")
 
 
+def explain_no_best(state: State) -> str:
+    """Why no published adapter is the best one; asked only if none is."""
+    rules, evaluated = state.known_rules, state.newest_evaluated
+    if not rules.evaluate_every:
+        return "no adapter is the best: rounds.evaluate_every is 0, so no round is evaluated"
+    if evaluated is None:
+        return f"no adapter is the best yet: {state.round} rounds are published, and none of them is evaluated"
+    why = reason_not_counted(evaluated, rules.stopping) or "nobody took part"
+    return f"no adapter is the best yet: round {evaluated.number} was evaluated, but does not count: {why}"
+
+
 def _between_rounds(state: State) -> str:
     if state.is_paused:
         why = f" because {state.pause_reason}" if state.pause_reason else ""
@@ -25,9 +39,12 @@ def _between_rounds(state: State) -> str:
         # Resumed after this, it would only come to the same end again.
         advice = "" if state.pause_reason.startswith(DIVERGED) else "; `raflora resume` goes on"
         return f"paused before {what}{why}{advice}"
-    here, needed = len(state.active_clients), state.known_rules.min_clients
+    here, needed = len(state.training_clients), state.known_rules.min_clients
+    evaluators = len(state.active_clients) - here
+    noun = "evaluator, who trains" if evaluators == 1 else "evaluators, who train"
+    beside = f", beside {evaluators} {noun} nothing" if evaluators else ""
     given_up = f"; round {state.round + 1} was given up: {state.last_abandoned}" if state.last_abandoned else ""
-    return f"waiting for clients: {here} of {needed} are here{given_up}"
+    return f"waiting for clients: {here} of {needed} are here{beside}{given_up}"
 
 
 def _in_round(state: State, opened: OpenRound, now: float) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import hmac
 
 from common.errors import Evicted, IdentityConflict, TooBusy, UnknownClient
-from coordinator.federation.ranks import grant_rank
+from coordinator.federation.ranks import grant_rank, keep_rank
 from coordinator.federation.requests import Join, check_join
 from coordinator.federation.state import Client, Membership, State
 
@@ -25,9 +25,10 @@ def member(state: State, client_id: str, enrol_key: str) -> Client:
 
 
 def enrolled(state: State, request: Join) -> Client:
-    """The client as it stands once it has joined, with its granted rank.
+    """The client as it stands once it has joined, with its granted rank and why; an open round keeps its own ranks.
 
-    Raises InvalidRequest, IdentityConflict, Evicted, or TooBusy when no more clients are let in.
+    Raises InvalidRequest, IdentityConflict, Evicted, or TooBusy: no more clients are let in, or one that holds a task
+    wants to evaluate instead of train or the other way round.
     """
     check_join(request)
     rules, known = state.known_rules, state.clients.get(request.client_id)
@@ -36,20 +37,37 @@ def enrolled(state: State, request: Join) -> Client:
         member(state, request.client_id, request.enrol_key)
     if known is None and len(state.clients) >= rules.max_clients:
         raise TooBusy(f"client {request.client_id!r}: {len(state.clients)} clients have joined; more are not let in")
-    order = known.order if known else len(state.clients)
-    rank = grant_rank(rules, request.client_id, request.profile, order)
+    if known is not None:
+        _refuse_change_of_part(state, known, request)
+    # Evaluators take no turn: who trains at which level must not depend on who looks on.
+    order = known.order if known else sum(not c.profile.evaluates_only for c in state.clients.values())
     if known is not None and known.rank_is_set:
-        rank = min(known.rank, request.profile.max_rank)
+        grant = keep_rank(known, request.profile)
+    else:
+        grant = grant_rank(rules, request.client_id, request.profile, order)
     return Client(
         client_id=request.client_id,
         enrol_key_digest=_digest_of(request.enrol_key),
         profile=request.profile,
-        rank=rank,
+        rank=grant.rank,
         order=order,
         rank_is_set=known.rank_is_set if known else False,
+        rank_reason=grant.reason,
         rounds_contributed=known.rounds_contributed if known else 0,
         last_failure=known.last_failure if known else "",
     )
+
+
+def _refuse_change_of_part(state: State, known: Client, request: Join) -> None:
+    """Whoever holds a task ends it as what it was: its num_examples would mean something else half-way."""
+    if known.profile.evaluates_only == request.profile.evaluates_only or state.open is None:
+        return
+    if state.takeable_by(known.client_id) is not None:
+        now, then = ("evaluates", "train") if known.profile.evaluates_only else ("trains", "evaluate")
+        raise TooBusy(
+            f"client {known.client_id!r} {now} and has a task in round {state.open.number}; it may join to {then} when "
+            "that round is over, and will be let in if it goes on asking"
+        )
 
 
 def _digest_of(enrol_key: str) -> str:

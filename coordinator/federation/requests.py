@@ -16,6 +16,9 @@ from coordinator.federation.state import Evaluation, Kind, Profile, Rules, Updat
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ENROL_KEY = re.compile(r"[!-~]{1,200}")
 MAX_EXAMPLES = 1 << 32  # of one client
+MAX_MEMORY_BYTES = 1 << 50  # of one client's device, or its group's
+MAX_MICRO_BATCH = 1 << 20
+QUANTIZATIONS = ("none", "8bit", "4bit")
 
 
 class Outcome(StrEnum):
@@ -215,8 +218,30 @@ def check_join(request: Join) -> None:
         )
     if profile.num_examples > MAX_EXAMPLES:
         raise InvalidRequest(f"{whose}: num_examples {profile.num_examples}; at most {MAX_EXAMPLES} are accepted")
+    _check_memory(profile, whose)
     # JSON has no word for what is not finite: the journal could not be read again.
     if not (isfinite(profile.examples_per_second) and profile.examples_per_second >= 0.0):
         raise InvalidRequest(
             f"{whose}: examples_per_second {profile.examples_per_second}; a finite number, not below 0, is expected"
+        )
+
+
+def _check_memory(profile: Profile, whose: str) -> None:
+    """Raises InvalidRequest for a memory or a measurement of it that no device has."""
+    if not 0 <= profile.memory_bytes <= MAX_MEMORY_BYTES:
+        raise InvalidRequest(f"{whose}: memory_bytes {profile.memory_bytes}; 0 to {MAX_MEMORY_BYTES} is expected")
+    measured = profile.measured
+    if measured is None:
+        return
+    for name, found in (("base_bytes", measured.base_bytes), ("bytes_per_rank", measured.bytes_per_rank)):
+        if not 0 <= found <= MAX_MEMORY_BYTES:
+            raise InvalidRequest(f"{whose}: measured {name} {found}; 0 to {MAX_MEMORY_BYTES} is expected")
+    if not 1 <= measured.micro_batch <= MAX_MICRO_BATCH:
+        raise InvalidRequest(
+            f"{whose}: measured micro_batch {measured.micro_batch}; 1 to {MAX_MICRO_BATCH} is expected"
+        )
+    if measured.quantization not in QUANTIZATIONS:
+        raise InvalidRequest(
+            f"{whose}: measured quantization {measured.quantization[:50]!r}; one of {', '.join(QUANTIZATIONS)} "
+            "is expected"
         )

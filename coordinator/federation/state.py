@@ -59,7 +59,7 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Rules:
-    """What the operator decided about rounds and ranks; part of the manifest, never changed later."""
+    """What the operator decided about rounds, ranks and the end; what the manifest does not freeze may change."""
 
     num_rounds: int
     global_rank: int
@@ -77,7 +77,7 @@ class Rules:
     rank_table: tuple[tuple[str, int], ...] = ()  # (client-id pattern, rank), first match wins
     rank_levels: tuple[int, ...] = ()  # cycle, hardware
     memory_share: float = 0.9  # hardware: of a client's memory that a step may take
-    stopping: "Stopping" = Stopping()
+    stopping: Stopping = Stopping()
 
     def quorum_of(self, cohort: int) -> int:
         """How many updates a round of this cohort needs."""
@@ -154,6 +154,7 @@ class Evaluation:
 
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    is_central: bool = False  # by an evaluator; decided when it was accepted, whatever the client becomes later
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,9 @@ class Best:
     adapter_digest: str
     value: float
     evaluations_since: int = 0  # counted ones without an improvement
+    metric: str = ""  # what the value is of; these three are the rules' at that time
+    is_larger_better: bool = True
+    is_central: bool = False
 
 
 @dataclass(frozen=True)
@@ -294,7 +298,7 @@ class State:
     is_paused: bool = False
     pause_reason: str = ""
     last_abandoned: str = ""  # why the newest attempt of the coming round was given up
-    best: "Best | None" = None
+    best: Best | None = None
     stopped_early: str = ""  # why the federation ended before its last round
 
     @property
@@ -308,18 +312,35 @@ class State:
         """By client id."""
         return tuple(c for _, c in sorted(self.clients.items()) if c.is_active)
 
+    @cached_property
+    def training_clients(self) -> tuple[Client, ...]:
+        """The active ones without the evaluators: whom a round that trains may invite."""
+        return tuple(c for c in self.active_clients if not c.profile.evaluates_only)
+
+    @property
+    def enrolled_to_train(self) -> tuple[Client, ...]:
+        """Those without the evaluators who are here or may come back: the federation's census."""
+        is_enrolled = (Membership.ACTIVE, Membership.LOST)
+        return tuple(c for c in self.clients.values() if c.membership in is_enrolled and not c.profile.evaluates_only)
+
     @property
     def rank_levels(self) -> tuple[int, ...]:
-        """The distinct ranks of the federation: those that its clients hold, and those that the cycle will grant."""
-        held = {c.rank for c in self.clients.values() if c.membership in (Membership.ACTIVE, Membership.LOST)}
+        """The distinct ranks of the federation: those that its clients train, and the levels that it grants."""
+        held = {client.rank for client in self.enrolled_to_train}
         rules = self.rules
-        granted = set(rules.rank_levels) if rules is not None and rules.rank_policy is RankPolicy.CYCLE else set()
+        has_levels = rules is not None and rules.rank_policy in (RankPolicy.CYCLE, RankPolicy.HARDWARE)
+        granted = set(rules.rank_levels) if rules is not None and has_levels else set()
         return tuple(sorted(held | granted))
 
     @property
+    def newest_evaluated(self) -> RoundRecord | None:
+        """The newest round whose evaluation is over."""
+        return next((record for record in reversed(self.history) if record.evaluated_at is not None), None)
+
+    @property
     def required_blobs(self) -> frozenset[str]:
-        """The digests without which the federation cannot go on: manifest, adapter, what the open round holds."""
-        required = {self.manifest_digest, self.adapter_digest}
+        """The digests that must not be lost: manifest, newest and best adapter, what the open round holds."""
+        required = {self.manifest_digest, self.adapter_digest, self.best.adapter_digest if self.best else ""}
         if self.open is not None:
             required |= {c.update.digest for c in self.open.contributions}
             required |= {a.slice_digest for a in self.open.assignments}

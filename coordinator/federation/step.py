@@ -7,7 +7,7 @@ only then answers. A refused request raises a typed error and there is nothing t
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from common.errors import (
@@ -193,7 +193,9 @@ def _submit_evaluation(state: State, request: SubmitEvaluation, _now: float) -> 
     _check_lease_and_slice(assignment, request)
     if request.lease_token < assignment.lease_token:
         return Outcome.SUPERSEDED, ()
-    return Outcome.ACCEPTED, (EvaluationAccepted(request.client_id, request.evaluation),)
+    is_central = state.clients[request.client_id].profile.evaluates_only
+    evaluation = replace(request.evaluation, is_central=is_central)
+    return Outcome.ACCEPTED, (EvaluationAccepted(request.client_id, evaluation),)
 
 
 def _fail(state: State, request: Fail, _now: float) -> _Decision:

@@ -56,6 +56,8 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             software_version=software_version(),
             federation=config.name,
             wall_time_seconds=time.time(),
+            batch_size=config.training.batch_size,
+            lora_dropout=config.training.lora_dropout,
             model=pb.ModelRequest(
                 base_model=config.model.base_model,
                 base_model_digest=digest,

@@ -11,10 +11,9 @@ from raflora.v1 import status_pb2_grpc
 from common.errors import InvalidRequest, UnknownBlob
 from common.transfer import check_digest, chunks_of
 from coordinator.federation.state import Phase
-from coordinator.service import CoordinatorService
+from coordinator.service import CoordinatorService, PublishedSlice
 from coordinator.servicers.status_view import SharedStatus, client_summary, rounds_of
 from coordinator.servicers.streams import read_chunks
-from coordinator.slices import BlobReference
 
 MAX_PAGE = 100
 _DEFAULT_PAGE = 20
@@ -66,23 +65,24 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
     async def FetchAdapter(
         self, request: pb.FetchAdapterRequest, context: _Context
     ) -> AsyncIterator[pb.FetchAdapterResponse]:
-        """The published adapter cut to a rank: first what it is, then its bytes from the offset."""
-        reference, rank = await self._service.published_slice(request.lora_rank)
-        if request.digest and check_digest(request.digest, "FetchAdapter") != reference.digest:
-            raise UnknownBlob(f"adapter {request.digest[:12]} is no longer the newest; start again without a digest")
-        yield pb.FetchAdapterResponse(header=self._header(reference, rank))
-        async for data in read_chunks(chunks_of(self._service.blobs.open(reference.digest), request.offset)):
+        """A published adapter cut to a rank: first what it is, then its bytes from the offset."""
+        found = await self._service.published_slice(request.lora_rank, best=request.best)
+        if request.digest and check_digest(request.digest, "FetchAdapter") != found.reference.digest:
+            which = "best" if request.best else "newest"
+            raise UnknownBlob(f"adapter {request.digest[:12]} is no longer the {which}; start again without a digest")
+        yield pb.FetchAdapterResponse(header=self._header(found))
+        async for data in read_chunks(chunks_of(self._service.blobs.open(found.reference.digest), request.offset)):
             self._service.counters.bytes_sent += len(data)
             yield pb.FetchAdapterResponse(data=data)
 
-    def _header(self, reference: BlobReference, rank: int) -> pb.AdapterHeader:
+    def _header(self, found: PublishedSlice) -> pb.AdapterHeader:
         manifest = self._service.foundation.known_manifest
         return pb.AdapterHeader(
-            digest=reference.digest,
-            size_bytes=reference.size_bytes,
-            lora_rank=rank,
-            scaling=manifest.scaling(rank),
-            round=self._service.engine.state.round,
+            digest=found.reference.digest,
+            size_bytes=found.reference.size_bytes,
+            lora_rank=found.rank,
+            scaling=manifest.scaling(found.rank),
+            round=found.round,
             base_model=manifest.model.base_model,
             base_model_digest=manifest.base_model_digest,
             task=manifest.model.task,

@@ -7,11 +7,14 @@ from raflora.v1 import status_pb2 as pb
 
 from common.version import software_version
 from coordinator.federation.explain import explain
+from coordinator.federation.scores import Score, scores_of
 from coordinator.federation.state import (
     Assignment,
+    Best,
     Client,
     Contribution,
     Kind,
+    Phase,
     RoundRecord,
     State,
 )
@@ -55,7 +58,7 @@ def status_of(service: CoordinatorService) -> pb.FederationStatus:
         software_version=software_version(),
         phase=f"PHASE_{state.phase.name}",
         paused=state.is_paused,
-        round=opened.number if opened else min(state.round + 1, config.rounds.num_rounds),
+        round=opened.number if opened else state.round + (state.phase is not Phase.FINISHED),
         num_rounds=config.rounds.num_rounds,
         explanation=explain(state, engine.now),
         method=config.aggregation.method,
@@ -86,9 +89,23 @@ def status_of(service: CoordinatorService) -> pb.FederationStatus:
         status.quorum = state.known_rules.quorum_of(len(opened.assignments)) if opened.kind is Kind.TRAIN else 0
         status.deadline_seconds = max(0.0, opened.deadline_at - engine.now)
         status.assignments.extend(_assignment(service, a) for a in opened.assignments)
+    if state.best is not None:
+        status.best.CopyFrom(_best(state.best, state))
     if service.foundation.manifest is not None and state.history:
         status.last_round.CopyFrom(rounds_of(state, service.foundation.manifest, state.history[-1:])[0])
     return status
+
+
+def _best(best: Best, state: State) -> pb.BestAdapter:
+    return pb.BestAdapter(
+        round=best.round,
+        digest=best.adapter_digest,
+        metric=best.metric,
+        value=best.value,
+        source="central" if best.is_central else "federated",
+        evaluations_since=best.evaluations_since,
+        patience=state.known_rules.stopping.patience,
+    )
 
 
 def forecast_of(service: CoordinatorService) -> pb.CollapseForecast:
@@ -168,7 +185,7 @@ def _assignment_state(assignment: Assignment) -> pb.AssignmentState:
 def _round(state: State, manifest: Manifest, record: RoundRecord) -> pb.RoundSummary:
     report, aggregation_seconds = report_from_json(record.report_json)
     uncovered = uncovered_rounds([r for r in state.history if r.number <= record.number])
-    weights = [e.num_examples for _, _, e in record.evaluations]
+    scores = scores_of(record)
     return pb.RoundSummary(
         round=record.number,
         attempts=record.attempts,
@@ -191,11 +208,16 @@ def _round(state: State, manifest: Manifest, record: RoundRecord) -> pb.RoundSum
         energy_lost=report.energy_lost,
         contributions=[_contribution(c) for c in record.contributions],
         evaluations=[
-            pb.EvaluationSummary(client_id=c, lora_rank=r, num_examples=e.num_examples, metrics=dict(e.metrics))
+            pb.EvaluationSummary(
+                client_id=c, lora_rank=r, num_examples=e.num_examples, metrics=dict(e.metrics), central=e.is_central
+            )
             for c, r, e in record.evaluations
         ],
-        accuracy=_mean([e.metrics.get("accuracy") for _, _, e in record.evaluations], weights),
-        eval_loss=_mean([e.metrics.get("eval_loss") for _, _, e in record.evaluations], weights),
+        accuracy=scores.federated.metrics.get("accuracy", 0.0),
+        eval_loss=scores.federated.metrics.get("eval_loss", 0.0),
+        rank_levels=[_rank_level(rank, score) for rank, score in scores.by_rank],
+        federated_metrics=dict(scores.federated.metrics),
+        central_metrics=dict(scores.central.metrics),
         # What one clean transfer each costs; the running totals in the status include repetitions.
         bytes_sent=sum(manifest.layout(c.rank).size_bytes for c in record.contributions),
         bytes_received=sum(c.update.size_bytes for c in record.contributions),
@@ -207,6 +229,12 @@ def _round(state: State, manifest: Manifest, record: RoundRecord) -> pb.RoundSum
             [c.update.metrics.get("train_loss") for c in record.contributions],
             [c.update.num_examples for c in record.contributions],
         ),
+    )
+
+
+def _rank_level(rank: int, score: Score) -> pb.RankLevelSummary:
+    return pb.RankLevelSummary(
+        lora_rank=rank, clients=score.clients, num_examples=score.num_examples, metrics=dict(score.metrics)
     )
 
 

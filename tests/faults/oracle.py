@@ -190,6 +190,8 @@ def _said(what: tuple[str, str, int, str, int]) -> str:
 def _needed(state: State) -> set[str]:
     """The blobs that the journal refers to; slices can be made again."""
     needed = {state.manifest_digest, state.adapter_digest, *(r.adapter_digest for r in state.history[-KEEP_ROUNDS:])}
+    if state.best is not None:
+        needed.add(state.best.adapter_digest)
     if state.open is not None:
         needed |= {contribution.update.digest for contribution in state.open.contributions}
     return needed - {""}

@@ -57,9 +57,78 @@ def test_the_folder_holds_the_published_adapter_under_pefts_names(
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, "tiny-vit")
     told = capsys.readouterr().out
     assert "round 3, rank 4" in told
-    assert "base = AutoModelForImageClassification.from_pretrained('tiny-vit', num_labels=2)" in told
+    assert "from_pretrained('tiny-vit', num_labels=2, ignore_mismatched_sizes=True)" in told
     assert "labels = ['cat', 'dog']" in told
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]  # no part file is left
+
+
+def test_the_best_adapter_is_asked_for(canned: Canned, tmp_path: Path) -> None:
+    canned.status.best.CopyFrom(status_pb2.BestAdapter(round=3, metric="accuracy", value=0.5, source="federated"))
+    with serving(canned) as address:
+        assert export(tmp_path / "adapter", address, "--best") == 0
+    assert {r.best for r in canned.asked if isinstance(r, status_pb2.FetchAdapterRequest)} == {True}
+    assert "The best so far is this adapter's: accuracy 0.5" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_coordinator_that_knows_no_best_adapter_is_noticed(
+    canned: Canned, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(canned) as address:
+        assert export(tmp_path / "adapter", address, "--best") == 1
+    assert "knows of no best adapter and sent its newest; leave --best out" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--best", "--from", "x"), "--best asks the coordinator, and --from asks none"),
+        (("--merged",), "--merged needs --model BASE"),
+        (("--model", "x"), "--model is for --merged"),
+        (("--merged", "--model", "x", "--pad-to", "8"), "--pad-to is for adapters"),
+        (("--dtype", "float16"), "they go with --merged"),
+        (("--offline",), "they go with --merged"),
+        (("--for", "vllm", "--pad-to", "9"), "vLLM takes the ranks 8, 16, 32"),
+        (("--private",), "--private is for --push-to"),
+        (("--push-to", "no-user"), "expected USER/REPOSITORY"),
+        (("--push-to", "../x"), "expected USER/REPOSITORY"),
+        (("--for", "tgi"), "vllm"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused_before_anybody_is_asked(
+    canned: Canned, flags: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(canned) as address:
+        assert export(tmp_path / "adapter", address, *flags) == 2
+    assert said in capsys.readouterr().err
+    assert canned.asked == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--for", "vllm"), "task is 'image-classification'"),
+        (("--pad-to", "2"), "the adapter has rank 4; cut it with --rank 2"),
+    ],
+)
+def test_a_form_that_the_adapter_cannot_have_leaves_nothing(
+    canned: Canned, flags: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(canned) as address:
+        assert export(tmp_path / "adapter", address, *flags) != 0
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_features_are_not_merged_and_the_lines_say_how_to_load_them(
+    canned: Canned, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    canned.header.task = "feature-classification"
+    with serving(canned) as address:
+        assert export(tmp_path / "merged", address, "--merged", "--model", "x") == 1
+        assert "a type that plain transformers does not know" in capsys.readouterr().err
+        assert export(tmp_path / "adapter", address) == 0
+    assert "from worker.features import FeatureClassifier" in capsys.readouterr().out
 
 
 def test_the_rank_is_asked_of_the_coordinator(canned: Canned, tmp_path: Path) -> None:
@@ -79,6 +148,7 @@ def test_a_folder_that_holds_files_is_left_alone(
         assert canned.asked == []
         assert export(tmp_path, address, "--overwrite") == 0
     assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert "README.md" in {path.name for path in tmp_path.iterdir()}
     assert (tmp_path / WEIGHTS_FILE).exists()
 
 

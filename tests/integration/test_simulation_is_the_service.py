@@ -71,7 +71,7 @@ def material_in(folder: Path, modules_to_save: tuple[str, ...] = ()) -> Material
         model = load_model(ModelConfig(path=str(folder), device="cpu", offline=True), order)
         config = DataConfig(train=str(folder / "train.jsonl"), test=str(folder / "test.jsonl"))
         preparation = model.task.prepare(model.folder, model.base, model.labels, config)
-        data = load_data(config, preparation.example, seed=0, offline=True)
+        data = load_data(config, preparation, seed=0, offline=True)
         return TorchWork(model, Examples(data.train, data.test, preparation.collator))
 
     return Material(

@@ -151,7 +151,7 @@ def test_a_round_leaves_an_update_of_its_rank_with_other_numbers(trainer: Traine
     for rank in (RANK, 2):
         answer = trainer.ask(trainer.train(rank))
         assert isinstance(answer, Trained)
-        assert (answer.num_examples, set(answer.metrics)) == (18, {"train_loss"})
+        assert (answer.num_examples, set(answer.metrics)) == (18, {"train_loss", "micro_batch"})
         assert update_of(trainer, loaded, rank).rank == rank
         assert (trainer.folder / "update").read_bytes() != (trainer.folder / f"slice-{rank}").read_bytes()
 

@@ -2,11 +2,13 @@
 
 The model is small: what was acknowledged, the highest lease, the highest round. Whatever happens, the journal folds
 to the state that is served, nothing acknowledged is lost or counted twice, and a refusal changes nothing.
+Evaluators come and go among the clients: they train nothing, and the best adapter is the one that the model has found.
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
 
+from best_model import BestModel, check_tasks
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -26,6 +28,7 @@ from coordinator.federation.events import (
 from coordinator.federation.explain import explain
 from coordinator.federation.requests import (
     AbortRound,
+    ChangeRules,
     Claim,
     CloseRound,
     Evict,
@@ -45,7 +48,7 @@ from coordinator.federation.requests import (
     SubmitUpdate,
     Tick,
 )
-from coordinator.federation.state import Evaluation, Kind, Membership, Phase, Profile, State, Update
+from coordinator.federation.state import Evaluation, Kind, Membership, Phase, Profile, State, Stopping, Update
 from coordinator.federation.step import pending, step
 from coordinator.stores.event_codec import entry_of, event_of, snapshot_of, state_of
 from coordinator.stores.journal import Entry
@@ -66,16 +69,27 @@ TWISTS = st.sampled_from(
         "other slice",
     )
 )
+# Sums of these are exact: the model may add them up in any order.
+METRICS = st.sampled_from([{}, {"accuracy": 0.25}, {"accuracy": 0.5}, {"accuracy": 0.75, "eval_loss": 1.0}])
+STOPPINGS = st.builds(
+    Stopping,
+    metric=st.sampled_from(["accuracy", "accuracy", "eval_loss", ""]),
+    is_larger_better=st.booleans(),
+    is_central=st.booleans(),
+    min_delta=st.sampled_from([0.0, 0.25]),
+    patience=st.integers(0, 2),
+)
 RULE_SETS = st.builds(
     replace,
     st.just(RULES),
-    num_rounds=st.integers(1, 3),
+    num_rounds=st.integers(1, 5),
     min_clients=st.integers(1, 3),
     fraction=st.sampled_from([0.3, 0.7, 1.0]),
     quorum=st.sampled_from([0.4, 1.0, 2.0]),
     evaluate_every=st.integers(0, 2),
     max_failures=st.integers(1, 2),
     max_attempts=st.integers(1, 3),
+    stopping=STOPPINGS,
 )
 
 
@@ -90,6 +104,7 @@ class Histories(RuleBasedStateMachine):
         self.asked: list[Request] = []  # for repetitions
         self.acknowledged: dict[tuple[int, int, str], str] = {}  # round, attempt, client: digest
         self.highest_lease = self.highest_round = 0
+        self.best = BestModel()
 
     # ------------------------------------------------------------ one request
 
@@ -117,6 +132,7 @@ class Histories(RuleBasedStateMachine):
         state = self.state
         for event in events:
             opened = state.open
+            self.best.follow(state, event)
             if isinstance(event, UpdateAccepted):
                 assert opened is not None
                 key = (opened.number, opened.attempt, event.client_id)
@@ -141,15 +157,30 @@ class Histories(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ what may be asked
 
-    @initialize(rules=RULE_SETS, clients=st.integers(0, 4))
-    def found(self, rules, clients: int) -> None:
+    @initialize(rules=RULE_SETS, clients=st.integers(0, 4), has_evaluator=st.booleans())
+    def found(self, rules, clients: int, has_evaluator: bool) -> None:
         self.ask(Found(rules, "manifest", "adapter-0"))
         for client_id in ["ada", "bob", "cem", "dan"][:clients]:
-            self.join(client_id, 4, client_id)
+            self.join(client_id, 4, client_id, False)
+        if has_evaluator:
+            self.join("eve", 7, "eve", True)
 
-    @rule(client_id=CLIENTS, max_rank=st.integers(0, 9), key=st.sampled_from(["", "other"]))
-    def join(self, client_id: str, max_rank: int, key: str) -> None:
-        self.ask(Join(client_id, client_id if key in ("", client_id) else key, Profile(max_rank, 10)))
+    @rule(
+        client_id=CLIENTS,
+        max_rank=st.integers(0, 9),
+        key=st.sampled_from(["", "other"]),
+        evaluates_only=st.sampled_from([False, False, True]),
+    )
+    def join(self, client_id: str, max_rank: int, key: str, evaluates_only: bool) -> None:
+        profile = Profile(max_rank, 10, evaluates_only=evaluates_only)
+        self.ask(Join(client_id, client_id if key in ("", client_id) else key, profile))
+
+    @rule(patience=st.integers(0, 2), is_central=st.booleans())
+    def change_rules(self, patience: int, is_central: bool) -> None:
+        rules = self.state.known_rules
+        self.ask(
+            ChangeRules(replace(rules, stopping=replace(rules.stopping, patience=patience, is_central=is_central)))
+        )
 
     @rule(client_id=CLIENTS, twist=TWISTS, kind=st.sampled_from(Kind), asks_again=st.booleans())
     def claim(self, client_id: str, twist: str, kind: Kind, asks_again: bool) -> None:
@@ -165,8 +196,16 @@ class Histories(RuleBasedStateMachine):
         token = self.a_token(client_id, twist)
         self.ask(SubmitUpdate(client_id, token, number, attempt, slice_digest, update))
 
-    @rule(client_id=CLIENTS)
-    def train(self, client_id: str) -> None:
+    @rule(metrics=METRICS)
+    def everybody_works(self, metrics: dict[str, float]) -> None:
+        """The open round to its end, so that many are published and evaluated."""
+        for part in self.state.open.assignments if self.state.open else ():
+            self.work(part.client_id, metrics)
+        if self.state.phase is Phase.AGGREGATING:
+            self.publish("")
+
+    @rule(client_id=CLIENTS, metrics=METRICS)
+    def work(self, client_id: str, metrics: dict[str, float]) -> None:
         """What a good client does, so that rounds also succeed."""
         opened = self.state.open
         if opened is None:
@@ -177,13 +216,14 @@ class Histories(RuleBasedStateMachine):
             update = Update(f"good of {client_id}", 100, 10)
             who = (client_id, part.lease_token, opened.number, opened.attempt, self.slice_of(client_id))
             self.ask(SubmitUpdate(*who, update))
-            self.ask(SubmitEvaluation(*who, Evaluation(10, {"accuracy": 1 / 3})))
+            self.ask(SubmitEvaluation(*who, Evaluation(10, metrics)))
 
-    @rule(client_id=CLIENTS, twist=TWISTS)
-    def submit_evaluation(self, client_id: str, twist: str) -> None:
+    @rule(client_id=CLIENTS, twist=TWISTS, metrics=METRICS, num_examples=st.sampled_from([10, 30]))
+    def submit_evaluation(self, client_id: str, twist: str, metrics: dict[str, float], num_examples: int) -> None:
         number, attempt = self.a_round(twist)
         token = self.a_token(client_id, twist)
-        self.ask(SubmitEvaluation(client_id, token, number, attempt, self.slice_of(client_id), Evaluation(10)))
+        evaluation = Evaluation(num_examples, metrics)
+        self.ask(SubmitEvaluation(client_id, token, number, attempt, self.slice_of(client_id), evaluation))
 
     @rule(client_id=CLIENTS, twist=TWISTS)
     def fail(self, client_id: str, twist: str) -> None:
@@ -278,6 +318,11 @@ class Histories(RuleBasedStateMachine):
         self.highest_lease, self.highest_round = self.state.last_lease_token, self.state.round
 
     @invariant()
+    def evaluators_only_evaluate_and_the_best_adapter_is_the_best(self) -> None:
+        self.best.compare(self.state)
+        check_tasks(self.state)
+
+    @invariant()
     def nothing_is_left_over_that_was_due(self) -> None:
         if self.state.rules is not None:
             # The clock may have gone on since the last request, but only a Tick or a request looks at it.
@@ -317,7 +362,7 @@ class Histories(RuleBasedStateMachine):
 
 def _is_brought_by_time(event: Event) -> bool:
     return type(event).__name__ in {
-        "RoundOpened", "RoundClosed", "RoundExtended", "RoundAbandoned", "EvaluationClosed"
+        "RoundOpened", "RoundClosed", "RoundExtended", "RoundAbandoned", "EvaluationClosed", "FederationStopped"
     }  # fmt: skip
 
 

@@ -145,7 +145,7 @@ def test_the_table_of_rounds_names_contributors_by_partition() -> None:
 
 def test_the_table_of_clients_has_a_row_each() -> None:
     lines = lines_of(clients_table([client("ada", 2), client("bob", 4)]))
-    assert lines[1] == "ada 2 2 active 312 0 cpu - 1.5 KiB 0.0 s"
+    assert lines[1] == "ada 2 2 active 312 0 cpu - 1.5 KiB 0.0 s -"
     assert len(lines) == 3
 
 

@@ -6,10 +6,31 @@ from typing import get_args
 import pytest
 
 from common.errors import InvalidRequest
-from coordinator.config import BaseModelConfig
+from coordinator.config import BaseModelConfig, EvaluationConfig
 from worker.config import KNOWN_TASKS
-from worker.forms import MAX_HEARTBEAT_SECONDS, MAX_LABELS, MAX_LAYERS, check_place, check_welcome
-from worker.messages import MAX_TEXT_CHARACTERS, ModelRequest, Place, Polled, Welcome, printable
+from worker.forms import (
+    MAX_BATCH_SIZE,
+    MAX_EVALUATED_EXAMPLES,
+    MAX_HEARTBEAT_SECONDS,
+    MAX_LABELS,
+    MAX_LAYERS,
+    MAX_NEW_TOKENS,
+    check_place,
+    check_task,
+    check_welcome,
+)
+from worker.messages import (
+    MAX_TEXT_CHARACTERS,
+    Blob,
+    ModelRequest,
+    Place,
+    Polled,
+    Task,
+    TaskKind,
+    Welcome,
+    printable,
+)
+from worker.trainer_protocol import CHOICE, GENERATION, LAST_NUMBER, LOSS, MATCHES, METHODS, EvaluationPlan, Plan
 
 MODEL = ModelRequest(
     base_model="a model",
@@ -23,6 +44,23 @@ MODEL = ModelRequest(
 )
 WELCOME = Welcome(protocol=1, federation="hospitals-2026.a", model=MODEL)
 PLACE = Place(lora_rank=4, manifest_digest="a" * 64, heartbeat_seconds=0.3, wire_dtype="bfloat16", status_sentence="")
+
+ANSWERS = EvaluationPlan(GENERATION, max_new_tokens=256, match=LAST_NUMBER)
+
+
+def evaluation(plan: EvaluationPlan, kind: TaskKind = TaskKind.EVALUATE) -> Task:
+    return Task(
+        kind=kind,
+        round=3,
+        attempt=1,
+        lease_token=1,
+        lora_rank=4,
+        scaling=1.0,
+        adapter=Blob("a" * 64, 100),
+        plan=Plan(1e-3, 1, 0.0, 4, 0.0, 1.0, 0, 1),
+        manifest_digest="b" * 64,
+        evaluation=plan,
+    )
 
 
 def test_what_real_federations_say_is_taken() -> None:
@@ -51,6 +89,15 @@ def test_one_more_than_a_bound_is_too_many(model: ModelRequest) -> None:
         check_welcome(replace(WELCOME, model=model))
 
 
+def test_what_rounds_will_ask_for_is_within_bounds() -> None:
+    check_welcome(replace(WELCOME, batch_size=MAX_BATCH_SIZE, lora_dropout=0.99))
+    with pytest.raises(InvalidRequest, match="handshake: batch_size 65537; expected: up to 65536"):
+        check_welcome(replace(WELCOME, batch_size=MAX_BATCH_SIZE + 1))
+    for dropout in (-0.1, 1.0, float("nan")):
+        with pytest.raises(InvalidRequest, match="handshake: lora_dropout"):
+            check_welcome(replace(WELCOME, lora_dropout=dropout))
+
+
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
@@ -65,3 +112,51 @@ def test_text_is_cleaned_and_cut(text: str, clean: str) -> None:
     assert Polled((), is_finished=False, status_sentence=text).status_sentence == clean
     assert replace(PLACE, status_sentence=text).status_sentence == clean
     assert replace(MODEL, base_model=text).base_model == clean
+
+
+# --- evaluations
+
+
+def test_the_ways_to_evaluate_are_the_coordinators() -> None:
+    assert get_args(EvaluationConfig.model_fields["method"].annotation) == METHODS
+    assert get_args(EvaluationConfig.model_fields["match"].annotation) == MATCHES
+    (most,) = [m.le for m in EvaluationConfig.model_fields["max_new_tokens"].metadata if hasattr(m, "le")]
+    assert most == MAX_NEW_TOKENS, "what the operator may write, a worker takes"
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        EvaluationPlan(),
+        EvaluationPlan(LOSS, max_examples=MAX_EVALUATED_EXAMPLES),
+        EvaluationPlan(CHOICE),
+        ANSWERS,
+        replace(ANSWERS, max_new_tokens=MAX_NEW_TOKENS),
+    ],
+)
+def test_an_evaluation_that_can_be_meant_is_taken(plan: EvaluationPlan) -> None:
+    check_task(evaluation(plan))
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        (EvaluationPlan("bleu"), "evaluation method 'bleu'; expected: loss, generation, choice"),
+        (EvaluationPlan("x\x1b[2J" * 100), "evaluation method"),
+        (replace(ANSWERS, match=".*"), "evaluation match '.*'; expected: exact, last-number"),
+        (replace(ANSWERS, max_new_tokens=0), "max_new_tokens 0; expected: 1 to 32768"),
+        (replace(ANSWERS, max_new_tokens=MAX_NEW_TOKENS + 1), "max_new_tokens 32769; expected: 1 to 32768"),
+        (EvaluationPlan(LOSS, max_new_tokens=1 << 31), "max_new_tokens 2147483648; expected: 0 to 32768"),
+        (EvaluationPlan(max_examples=MAX_EVALUATED_EXAMPLES + 1), "max_examples"),
+        (EvaluationPlan(max_examples=-1), "max_examples -1"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_meant_is_refused(plan: EvaluationPlan, sentence: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        check_task(evaluation(plan))
+    assert f"round 3: {sentence}" in str(refusal.value)
+    assert "\x1b" not in str(refusal.value)
+
+
+def test_the_evaluation_of_a_task_that_trains_does_not_matter() -> None:
+    check_task(evaluation(EvaluationPlan("bleu"), TaskKind.TRAIN))

@@ -14,7 +14,7 @@ from worker.egress import Departure, Ledger, Spent, record
 from worker.messages import Blob, Task, TaskKind
 from worker.policy import PolicyRefused, check_base_model, check_budget, check_task, steps_of, stricter
 from worker.policy_file import with_policy_file
-from worker.trainer_protocol import Plan
+from worker.trainer_protocol import CHOICE, GENERATION, LOSS, EvaluationPlan, Plan
 
 PLAN = Plan(
     learning_rate=0.01,
@@ -78,6 +78,32 @@ def test_the_policy_bounds_the_rank_even_if_more_was_offered() -> None:
 
 def test_an_evaluation_trains_nothing_so_its_plan_does_not_matter() -> None:
     check(replace(TASK, kind=TaskKind.EVALUATE, plan=replace(PLAN, learning_rate=9.0, local_steps=10_000)))
+
+
+@pytest.mark.parametrize(
+    ("policy", "plan", "is_allowed"),
+    [
+        (SitePolicy(max_new_tokens=256), EvaluationPlan(GENERATION, max_new_tokens=256), True),
+        (SitePolicy(max_new_tokens=256), EvaluationPlan(GENERATION, max_new_tokens=257), False),
+        (SitePolicy(max_new_tokens=0), EvaluationPlan(GENERATION, max_new_tokens=1), False),
+        (SitePolicy(max_new_tokens=0), EvaluationPlan(LOSS, max_new_tokens=9), True),
+        (SitePolicy(max_new_tokens=0), EvaluationPlan(CHOICE), True),
+    ],
+)
+def test_the_policy_bounds_what_is_generated(policy: SitePolicy, plan: EvaluationPlan, is_allowed: bool) -> None:
+    task = replace(TASK, kind=TaskKind.EVALUATE, evaluation=plan)
+    if is_allowed:
+        check_task(policy, task, max_rank=8, num_examples=20)
+    else:
+        asked, most = plan.max_new_tokens, policy.max_new_tokens
+        with pytest.raises(PolicyRefused, match=f"asks for new tokens {asked}; at most {most} is allowed here"):
+            check_task(policy, task, max_rank=8, num_examples=20)
+
+
+def test_an_evaluator_trains_nothing_and_evaluates() -> None:
+    check_task(POLICY, replace(TASK, kind=TaskKind.EVALUATE), max_rank=8, num_examples=20, evaluates_only=True)
+    with pytest.raises(PolicyRefused, match="round 3 asks for training; this worker is an evaluator"):
+        check_task(POLICY, TASK, max_rank=8, num_examples=20, evaluates_only=True)
 
 
 def test_steps_of_whole_and_part_epochs() -> None:

@@ -88,7 +88,7 @@ def test_a_whole_text_model_has_the_examples_of_a_worker(folder: Path) -> None:
     model = load_model(found.model_config, found.order(lora_rank=2, seed=3))
     config = DataConfig(train=str(folder / "train.jsonl"), test=str(folder / "test.jsonl"), max_length=16)
     preparation = model.task.prepare(model.folder, model.base, model.labels, config)
-    theirs: LocalData = load_data(config, preparation.example, seed=0, offline=True)
+    theirs: LocalData = load_data(config, preparation, seed=0, offline=True)
     assert same_examples(found.train_examples, theirs.train)
     assert same_examples(found.test_examples, theirs.test)
     assert found.modules_to_save == ("classifier",)
@@ -112,7 +112,7 @@ def test_an_image_model_has_the_examples_of_a_worker(tmp_path: Path) -> None:
     model = load_model(found.model_config, found.order(lora_rank=2, seed=3))
     config = DataConfig(train=str(tmp_path / "train.jsonl"), test=str(tmp_path / "test.jsonl"))
     preparation = model.task.prepare(model.folder, model.base, model.labels, config)
-    assert same_examples(found.train_examples, load_data(config, preparation.example, seed=0, offline=True).train)
+    assert same_examples(found.train_examples, load_data(config, preparation, seed=0, offline=True).train)
     assert local_round(found).keys() == {"accuracy", "eval_loss"}
 
 

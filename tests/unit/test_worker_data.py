@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tiny_models import MOODS, SIDES, save_bert, save_vit, side_images
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from worker.config import DataConfig
-from worker.data import ClassName, DataError, Example, LocalData, Row, load_data, read_rows
+from worker.data import ClassName, DataError, Example, ExamplesOnAccess, LocalData, Prepared, Row, load_data, read_rows
 from worker.tasks import ImageClassification, LabelColumn, Preparation, SequenceClassification
 
 TEXTS = [{"text": "good film", "label": "happy"}, {"text": "bad book", "label": "sad"}] * 10
@@ -45,8 +45,18 @@ def as_it_is(row: Row) -> Example:
     return dict(row.values)
 
 
+class OneByOne:
+    """A preparation of one function."""
+
+    def __init__(self, prepare: Callable[[Row], Example]) -> None:
+        self._prepare = prepare
+
+    def examples(self, rows: Sequence[Row], *, is_training: bool) -> Prepared:  # noqa: ARG002
+        return Prepared([self._prepare(row) for row in rows], len(rows))
+
+
 def load(prepare: Callable[[Row], Example] = as_it_is, seed: int = 0, **config: Any) -> LocalData:
-    return load_data(DataConfig(**config), prepare, seed=seed, offline=True)
+    return load_data(DataConfig(**config), OneByOne(prepare), seed=seed, offline=True)
 
 
 @pytest.fixture(scope="module")
@@ -330,3 +340,53 @@ def test_a_data_set_that_is_nowhere_is_a_data_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"nobody/nothing: neither a file that ends in .* nor a data set"):
         load(train="nobody/nothing")
+
+
+# ---------------------------------------------------------------- images that are prepared when they are needed
+
+
+def test_a_label_or_a_header_that_is_wrong_is_found_before_any_training(images: Preparation, tmp_path: Path) -> None:
+    good = {"image": np.zeros((8, 8)).tolist(), "label": 0}
+    for bad in ({**good, "label": "up"}, {**good, "image": "missing.png"}, {**good, "image": "broken.png"}):
+        (tmp_path / "broken.png").write_bytes(b"no image")
+        path = write_jsonl(tmp_path / "a.jsonl", [good, bad])
+        with pytest.raises(DataError, match=r"a\.jsonl, line 2"):
+            load_data(DataConfig(train=str(path), test=str(path)), images, seed=0, offline=True)
+
+
+def test_images_are_prepared_on_access_and_kept_while_there_is_room() -> None:
+    prepared: list[int] = []
+
+    def prepare(row: Row) -> Example:
+        prepared.append(row["n"])
+        return {"pixel_values": np.full(4, row["n"], dtype=np.float32)}  # 16 bytes
+
+    rows = [Row(f"line {n}", Path(), {"n": n}) for n in range(4)]
+    examples = ExamplesOnAccess(rows, check=lambda _: None, prepare=prepare, keep_bytes=40)
+    assert (len(examples), prepared) == (4, [])
+    for _ in range(2):
+        assert [int(example["pixel_values"][0]) for example in examples] == [0, 1, 2, 3]
+    assert prepared == [0, 1, 2, 3, 2, 3]
+    assert examples[-1]["pixel_values"][0] == 3
+    assert [int(example["pixel_values"][0]) for example in examples[1:3]] == [1, 2]
+
+
+def test_an_image_that_is_broken_behind_its_header_is_told_when_it_is_needed(
+    images: Preparation, tmp_path: Path
+) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8)).astype(np.uint8)).save(buffer, "PNG")
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:-30])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"image": "cut.png", "label": 0}] * 2)
+    data = load_data(DataConfig(train=str(path), test=str(path)), images, seed=0, offline=True)
+    with pytest.raises(DataError, match=r"line 1: column 'image' is no PNG or JPEG that can be decoded"):
+        _ = data.train[0]
+
+
+def test_an_empty_text_in_a_csv_is_refused_by_file_line_and_column(
+    texts: Callable[..., Preparation], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\ngood film,happy\n ,sad\n")
+    with pytest.raises(DataError, match=r"a\.csv, line 3: column 'text' is empty; fill it or remove the record"):
+        load_data(DataConfig(train=str(path), test=str(path)), texts(), seed=0, offline=True)

@@ -9,7 +9,8 @@ import torch
 
 from worker import trainer
 from worker.config import DataConfig, ModelConfig, WorkerConfig
-from worker.trainer import is_out_of_memory, log_context
+from worker.fitting import is_out_of_memory
+from worker.trainer import log_context
 from worker.trainer_protocol import Evaluate, Failed, to_line
 
 pytestmark = pytest.mark.torch

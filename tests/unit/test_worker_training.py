@@ -65,7 +65,7 @@ def site_of(folder: Path, order: ModelOrder, rows: list[Any], dtype: Any = "auto
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(train=str(folder / "train.jsonl"), holdout=0.25)
     preparation = model.task.prepare(model.folder, model.base, model.labels, config)
-    return Site(model, preparation, load_data(config, preparation.example, seed=1, offline=True))
+    return Site(model, preparation, load_data(config, preparation, seed=1, offline=True))
 
 
 @pytest.fixture(scope="module")

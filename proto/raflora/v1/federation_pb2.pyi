@@ -97,18 +97,22 @@ class HandshakeRequest(_message.Message):
     def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., software_version: _Optional[str] = ...) -> None: ...
 
 class HandshakeResponse(_message.Message):
-    __slots__ = ("protocol", "software_version", "federation", "model", "wall_time_seconds")
+    __slots__ = ("protocol", "software_version", "federation", "model", "wall_time_seconds", "batch_size", "lora_dropout")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WALL_TIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LORA_DROPOUT_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     software_version: str
     federation: str
     model: ModelRequest
     wall_time_seconds: float
-    def __init__(self, protocol: _Optional[int] = ..., software_version: _Optional[str] = ..., federation: _Optional[str] = ..., model: _Optional[_Union[ModelRequest, _Mapping]] = ..., wall_time_seconds: _Optional[float] = ...) -> None: ...
+    batch_size: int
+    lora_dropout: float
+    def __init__(self, protocol: _Optional[int] = ..., software_version: _Optional[str] = ..., federation: _Optional[str] = ..., model: _Optional[_Union[ModelRequest, _Mapping]] = ..., wall_time_seconds: _Optional[float] = ..., batch_size: _Optional[int] = ..., lora_dropout: _Optional[float] = ...) -> None: ...
 
 class RankProfile(_message.Message):
     __slots__ = ("max_rank", "device", "memory_bytes", "num_examples", "examples_per_second", "measured", "evaluates_only")

@@ -1,0 +1,264 @@
+"""Hands numbers to TensorBoard, MLflow and Weights & Biases through their own libraries, in a thread of its own.
+
+It never holds up, slows or breaks what it watches: what a library cannot take is told once in the log and dropped,
+and numbers that come faster than they can be handed on are dropped and counted. Nothing but the numbers, their steps
+and the settings named here is given to a library; what the libraries would add by themselves (the host's name, its
+load, the program's text, its output) is switched off where they let us.
+"""
+
+import json
+import math
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import structlog
+
+from common.errors import ConfigError, RafloraError
+from common.tracking import TrackingConfig
+from common.transfer import write_durably
+
+MAX_WAITING = 10_000  # notes, of a few numbers each
+CLOSE_SECONDS = 20.0
+_RUNS = "tracking.json"
+_HOW_TO_INSTALL = 'pip install "raflora[tracking]"'
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is tracked."""
+
+    project: str  # the federation's name
+    name: str
+    folder: Path  # keeps which run is ours, so that a restart goes on with it
+    settings: Mapping[str, str] = field(default_factory=dict)  # shown beside the curves
+
+
+class Sink(Protocol):
+    """One library's run. Whatever it raises ends the use of it, and nothing else."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes numbers of a step."""
+        ...
+
+    def close(self) -> None:
+        """Hands on what is still held."""
+        ...
+
+
+def destinations(config: TrackingConfig) -> tuple[str, ...]:
+    """Where numbers go, for people; without passwords."""
+    found = []
+    if config.tensorboard is not None:
+        found.append(f"TensorBoard in {config.tensorboard} (this machine)")
+    if config.mlflow:
+        found.append(f"MLflow at {_without_password(config.mlflow)}")
+    if config.wandb:
+        found.append(f"Weights & Biases, project {config.wandb}")
+    return tuple(found)
+
+
+def leaves_this_machine(config: TrackingConfig) -> bool:
+    """Whether anybody else may see the numbers."""
+    return bool(config.wandb) or urlsplit(config.mlflow).scheme in ("http", "https", "databricks")
+
+
+def check_installed(config: TrackingConfig) -> None:
+    """Raises ConfigError if a library that the settings name is not here. Imports them: up to some seconds."""
+    for name, is_wanted, load in (
+        ("tensorboard", config.tensorboard is not None, _load_tensorboard),
+        ("mlflow", bool(config.mlflow), _load_mlflow),
+        ("wandb", bool(config.wandb), _load_wandb),
+    ):
+        if is_wanted:
+            try:
+                load()
+            except ImportError as error:
+                raise ConfigError(f"tracking.{name} is set, but {error.name} is not here; {_HOW_TO_INSTALL}") from None
+
+
+class Trackers:
+    """The sinks of one run. `note` never blocks and never raises."""
+
+    def __init__(self, open_sinks: Sequence[tuple[str, Callable[[], Sink]]]) -> None:
+        self._opening = tuple(open_sinks)
+        self._waiting: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(MAX_WAITING)
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._hand_on, name="tracking", daemon=True)
+        if self._opening:
+            self._thread.start()
+
+    @classmethod
+    def of(cls, config: TrackingConfig, run: Run) -> "Trackers":
+        """Those that the settings name; none is the usual case and costs nothing."""
+        sinks: list[tuple[str, Callable[[], Sink]]] = []
+        if config.tensorboard is not None:
+            folder = config.tensorboard
+            sinks.append(("tensorboard", lambda: _TensorBoard(folder / run.name)))
+        if config.mlflow:
+            sinks.append(("mlflow", lambda: _MLflow(config.mlflow, run)))
+        if config.wandb:
+            sinks.append(("wandb", lambda: _WandB(config.wandb, run)))
+        return cls(sinks)
+
+    def note(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of a step, by name; what is not finite is left out."""
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        if not self._opening or not finite:
+            return
+        try:
+            self._waiting.put_nowait((step, finite))
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
+        """Waits for what is still to be handed on, but not for ever."""
+        if not self._opening:
+            return
+        try:
+            self._waiting.put(None, timeout=timeout_seconds)
+        except queue.Full:
+            pass  # a library hangs; the thread ends with the process
+        else:
+            self._thread.join(timeout_seconds)
+        if self.dropped or self._thread.is_alive():
+            log.warning("tracking is incomplete", dropped=self.dropped, still_waiting=self._waiting.qsize())
+
+    def _hand_on(self) -> None:
+        sinks: dict[str, Sink] = {}
+        for name, open_sink in self._opening:
+            self._try(name, lambda: sinks.__setitem__(name, open_sink()))  # noqa: B023 - called at once
+        while (note := self._waiting.get()) is not None:
+            for name, sink in list(sinks.items()):
+                if not self._try(name, lambda: sink.log(*note)):  # noqa: B023 - called at once
+                    del sinks[name]
+        for name, sink in sinks.items():
+            self._try(name, sink.close)
+
+    @staticmethod
+    def _try(name: str, act: Callable[[], object]) -> bool:
+        try:
+            act()
+        except Exception as error:
+            # The libraries raise what they like, the network's errors among it; the run must not notice.
+            log.warning("tracking has ended", library=name, why=f"{type(error).__name__}: {error}"[:500])
+            return False
+        return True
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        self._event, self._summary, writer = _load_tensorboard()
+        self._writer = writer(str(folder))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        scalars = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        summary = self._summary.Summary(value=scalars)
+        self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()  # somebody may be watching
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _MLflow:
+    def __init__(self, uri: str, run: Run) -> None:
+        client, self._metric, param = _load_mlflow()
+        self._client = client(tracking_uri=uri)
+        place = f"mlflow {_without_password(uri)}"
+        self._run_id = _runs_in(run.folder).get(place, "")
+        if not self._run_id:
+            known = self._client.get_experiment_by_name(run.project)
+            experiment = known.experiment_id if known else self._client.create_experiment(run.project)
+            self._run_id = self._client.create_run(experiment, run_name=run.name).info.run_id
+            self._client.log_batch(self._run_id, params=[param(*pair) for pair in run.settings.items()])
+            _keep_run(run.folder, place, self._run_id)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        at = int(time.time() * 1000)
+        self._client.log_batch(self._run_id, metrics=[self._metric(*pair, at, step) for pair in values.items()])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+class _WandB:
+    def __init__(self, place: str, run: Run) -> None:
+        wandb = _load_wandb()
+        entity, _, project = place.rpartition("/")
+        run_id = _runs_in(run.folder).get(f"wandb {place}", "") or secrets.token_hex(4)
+        quiet = {"x_disable_stats": True, "x_disable_meta": True, "x_disable_machine_info": True}
+        quiet["x_save_requirements"] = False
+        self._run: Any = wandb.init(
+            entity=entity or None,
+            project=project or run.project,
+            name=run.name,
+            id=run_id,
+            resume="allow",
+            config=dict(run.settings),
+            dir=str(run.folder),
+            reinit="create_new",
+            settings=wandb.Settings(
+                console="off", disable_git=True, disable_code=True, save_code=False, silent=True, host="", **quiet
+            ),
+        )
+        _keep_run(run.folder, f"wandb {place}", run_id)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _load_tensorboard() -> tuple[Any, Any, Any]:
+    from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: PLC0415 - an extra
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter  # noqa: PLC0415
+
+    return event_pb2, summary_pb2, EventFileWriter
+
+
+def _load_mlflow() -> tuple[Any, Any, Any]:
+    from mlflow import MlflowClient  # noqa: PLC0415 - an extra, and seconds
+    from mlflow.entities import Metric, Param  # noqa: PLC0415
+
+    return MlflowClient, Metric, Param
+
+
+def _load_wandb() -> Any:
+    import wandb  # noqa: PLC0415 - an extra
+
+    return wandb
+
+
+def _runs_in(folder: Path) -> dict[str, str]:
+    """Which run of which place is ours; what cannot be read begins a new one."""
+    try:
+        kept = json.loads((folder / _RUNS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(place): str(run) for place, run in kept.items()} if isinstance(kept, dict) else {}
+
+
+def _keep_run(folder: Path, place: str, run_id: str) -> None:
+    content = json.dumps({**_runs_in(folder), place: run_id}, indent=2)
+    try:
+        write_durably(folder / _RUNS, content.encode())
+    except (OSError, RafloraError) as error:
+        log.warning("a restart will begin a new run", place=place, why=str(error))
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    if not parts.hostname:
+        return uri
+    port = f":{parts.port}" if parts.port else ""
+    return parts._replace(netloc=f"{parts.hostname}{port}", query="").geturl()
