@@ -161,7 +161,7 @@ class LaunchConfig(Section):
     processes: int = Field(default=1, ge=1, le=1024)
     """Training processes on this machine, a GPU each (torchrun); 1: no group."""
     accelerate_config: Path | None = None
-    """A file of `accelerate config` (DDP, FSDP, DeepSpeed); it says how many processes there are."""
+    """A file of `accelerate config` for multi-GPU (no FSDP, no DeepSpeed); it says how many processes there are."""
     command: tuple[str, ...] = ()
     """A launcher of your own (srun, mpirun, ...): what stands before `python -m worker.trainer`."""
 

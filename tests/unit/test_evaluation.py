@@ -266,9 +266,7 @@ def test_what_is_trained_after_an_evaluation_has_the_same_bytes(site: Site, plan
 # --- in the trainer
 
 
-def test_a_stop_is_heard_in_the_midst_of_an_answer(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_is_heard_in_the_midst_of_an_answer(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for of_the_whole_process in ("set_up_logs", "_set_up_libraries"):
         monkeypatch.setattr(trainer, of_the_whole_process, lambda *_, **__: None)
     path = tmp_path / "train.jsonl"

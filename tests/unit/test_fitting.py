@@ -196,7 +196,7 @@ for line, mib in zip(requests, map(int, sys.argv[2:]), strict=True):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
-def test_a_process_without_memory_goes_on_with_less_and_says_what_to_do_when_there_is_none(tmp_path: Path) -> None:
+def test_a_process_whose_memory_runs_out_goes_on_with_less(tmp_path: Path) -> None:
     # The logits of a batch are 16 x 128 x 10,000 numbers, 82 MB, and a step holds several such tensors.
     save_bpe(tmp_path)
     settings = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -209,16 +209,15 @@ def test_a_process_without_memory_goes_on_with_less_and_says_what_to_do_when_the
     )
     write_slice(tmp_path, random_adapter(load_model(config.model, LLAMA_ORDER).spec, 4))
     todo = to_line(train_order(tmp_path, local_steps=1, batch_size=16))
-    (tmp_path / "requests").write_bytes(to_line(Load(config.model_dump_json(), LLAMA_ORDER)) + todo + todo)
+    (tmp_path / "requests").write_bytes(to_line(Load(config.model_dump_json(), LLAMA_ORDER)) + todo)
     found = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path / "requests"), "0", "150", "2"],
+        [sys.executable, "-c", LIMITED, str(tmp_path / "requests"), "0", "300"],
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
     )
     answers = [json.loads(line) for line in found.stdout.splitlines() if line.startswith('["')]
-    assert [kind for kind, _ in answers] == ["Loaded", "Trained", "Failed"], found.stderr[-2000:]
+    assert [kind for kind, _ in answers] == ["Loaded", "Trained"], found.stderr[-2000:]
     assert 1 <= answers[1][1]["micro_batch"] <= 8
     assert "again with fewer examples at once" in found.stderr
-    assert "training on one example at a time does not fit" in answers[2][1]
