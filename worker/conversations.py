@@ -129,7 +129,8 @@ def render(conversation: Conversation, template: ChatTemplate, where: str) -> Re
         if message.role != ASSISTANT:
             continue
         before = template(messages[:number], add_generation_prompt=True)
-        until = template(messages[: number + 1], add_generation_prompt=False)
+        is_last = number == len(messages) - 1
+        until = whole if is_last else template(messages[: number + 1], add_generation_prompt=False)
         if not whole.startswith(before) or not whole.startswith(until) or len(before) >= len(until):
             raise Indistinct(
                 f"{where}: the chat template renders message {number + 1} and what is before it differently when more "

@@ -16,6 +16,6 @@ def silence_libraries() -> None:
     constants.HF_HUB_DISABLE_TELEMETRY = True  # trl would tell its makers about every trainer
     logging.captureWarnings(True)
     # Each has been read, and none is the site's business.
-    for module in ("torch", "transformers", "peft", "accelerate", "bitsandbytes"):
+    for module in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it has no verbosity of its own

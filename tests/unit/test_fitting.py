@@ -199,7 +199,7 @@ for line, mib in zip(requests, map(int, sys.argv[2:]), strict=True):
 def test_a_process_whose_memory_runs_out_goes_on_with_less(tmp_path: Path) -> None:
     # The logits of a batch are 16 x 128 x 10,000 numbers, 82 MB, and a step holds several such tensors.
     save_bpe(tmp_path)
-    settings = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings: Any = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=10_000, **settings)).save_pretrained(tmp_path)
     (tmp_path / "train.jsonl").write_text((json.dumps({"text": "Ada has apples. " * 60}) + "\n") * 20)
     config = WorkerConfig(

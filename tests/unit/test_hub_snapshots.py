@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils._paths import filter_repo_objects
 from tiny_models import LLAMA_ORDER, tiny_llama
 
 from worker import base_model

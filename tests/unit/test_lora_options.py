@@ -83,5 +83,5 @@ def test_a_pattern_of_another_kind_is_refused(tmp_path: Path, override: str, mes
 
 
 def test_a_section_that_is_none_is_told_as_one() -> None:
-    with pytest.raises(ConfigError, match="--set adapter: adapter: .*valid dictionary"):
+    with pytest.raises(ConfigError, match=r"--set adapter: adapter: .*valid dictionary"):
         load_settings(CoordinatorConfig, None, overrides=["adapter=everything"], environ={})

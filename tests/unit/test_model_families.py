@@ -70,7 +70,7 @@ class Family:
             "sequence-classification": transformers.AutoModelForSequenceClassification,
             "image-classification": transformers.AutoModelForImageClassification,
         }[self.task]
-        kind.from_config(config).save_pretrained(folder, max_shard_size="8KB")
+        kind.from_config(config).save_pretrained(folder, max_shard_size="8KB")  # type: ignore[no-untyped-call]
         return folder
 
     def order(self, *target_modules: str) -> ModelOrder:

@@ -13,7 +13,7 @@ from worker.trainer_protocol import ModelOrder
 
 pytestmark = pytest.mark.torch
 
-SMALL = {
+SMALL: Any = {
     "vocab_size": 16,
     "hidden_size": 8,
     "intermediate_size": 8,
@@ -26,7 +26,7 @@ SMALL = {
 def sketched(config: Any) -> Any:
     """The model's layers without their weights."""
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="module")
