@@ -30,7 +30,7 @@ from benchmarks.worker_step import machine
 from cli.demo_federation import run_federation
 from cli.demo_screen import DemoScreen
 from cli.demo_setting import Files
-from worker.quiet import silence_libraries
+from worker.trainer.quiet import silence_libraries
 
 RANKS = (8, 16, 32, 48, 64)
 EXAMPLES = 64  # of each site

@@ -34,9 +34,9 @@ from transformers import AutoModelForCausalLM
 from benchmarks.worker_models import SHAPES, save_model
 from common.adapter import initial_adapter
 from worker.config import DataConfig, ModelConfig, WorkerConfig
-from worker.dry_run import WARM_UP_STEPS, Bench, load_bench, measure
-from worker.model import write_adapter
-from worker.quiet import silence_libraries
+from worker.trainer.dry_run import WARM_UP_STEPS, Bench, load_bench, measure
+from worker.trainer.model import write_adapter
+from worker.trainer.quiet import silence_libraries
 from worker.trainer_protocol import DryRun, ModelOrder
 
 TARGETS = ("q_proj", "v_proj")

@@ -21,7 +21,7 @@ from common.errors import ConfigError
 from common.transfer import write_durably
 
 if TYPE_CHECKING:
-    from worker.benchmarks import Benchmark, Score
+    from worker.trainer.benchmarks import Benchmark, Score
 
 _NEEDED = ("torch", "peft", "lm_eval")
 
@@ -56,7 +56,7 @@ def evaluate(
         raise Failed('`raflora evaluate` needs lm-eval; install it with: pip install "raflora[evaluation]"')
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"--include-path {include_path}: is no folder")
-    from worker.benchmarks import Benchmark, BenchmarkFailed, run_benchmark  # noqa: PLC0415 - needs torch
+    from worker.trainer.benchmarks import Benchmark, BenchmarkFailed, run_benchmark  # noqa: PLC0415 - needs torch
 
     benchmark = Benchmark(
         adapter=folder,

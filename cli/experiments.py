@@ -94,7 +94,7 @@ def choose(name: str, wanted: Wanted = Wanted()) -> Chosen:
 def check_files(chosen: Chosen) -> None:
     """Raises ConfigError, with what to do, if a file of the data is not there; a hub's data set is not asked for."""
     from simulation.text_data import DataPlace  # noqa: PLC0415 - loads the trainer's side
-    from worker.data import FILE_KINDS  # noqa: PLC0415
+    from worker.trainer.data import FILE_KINDS  # noqa: PLC0415
 
     for arm in chosen.config.arms:
         seen = chosen.config.for_arm(arm)

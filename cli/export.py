@@ -237,8 +237,8 @@ def _write(staging: Path, published: Published, form: Form, base: Base, place: P
 
 def _merge(peft: Path, into: Path, origin: Origin, base: Base) -> str:
     """The merged model's dtype; the adapter's own folder is gone afterwards."""
-    from worker.merge import MergeOrder, merge  # noqa: PLC0415 - torch takes seconds and may not be installed
-    from worker.quiet import silence_libraries  # noqa: PLC0415
+    from worker.trainer.merge import MergeOrder, merge  # noqa: PLC0415 - torch takes seconds and may not be installed
+    from worker.trainer.quiet import silence_libraries  # noqa: PLC0415
 
     silence_libraries()
     order = MergeOrder(

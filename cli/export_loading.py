@@ -49,7 +49,7 @@ def _adapter_lines(origin: Origin, place: Place) -> list[str]:
     lines = ["from peft import PeftModel"]
     if origin.task == FEATURES:
         # Its base model is of a type of our own, which no auto class knows.
-        lines.append("from worker.features import FeatureClassifier  # of the package raflora[worker]")
+        lines.append("from worker.trainer.features import FeatureClassifier  # of the package raflora[worker]")
         loader = "FeatureClassifier"
     else:
         loader = _AUTO_CLASSES[origin.task]

@@ -142,8 +142,8 @@ def _shapes_of_model(config: CoordinatorConfig, model: str, *, offline: bool) ->
             "where they are, and set adapter.spec"
         )
     from worker.config import ModelConfig  # noqa: PLC0415 - the plan of a spec file needs no worker
-    from worker.quiet import silence_libraries  # noqa: PLC0415
-    from worker.shapes import shapes_of  # noqa: PLC0415 - torch takes seconds and may not be installed
+    from worker.trainer.quiet import silence_libraries  # noqa: PLC0415
+    from worker.trainer.shapes import shapes_of  # noqa: PLC0415 - torch takes seconds and may not be installed
     from worker.trainer_protocol import ModelOrder  # noqa: PLC0415
 
     silence_libraries()

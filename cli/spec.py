@@ -12,7 +12,7 @@ from cli.errors import Failed
 from common.adapter import AdapterSpec
 from common.errors import RafloraError
 from worker.config import ModelConfig
-from worker.quiet import silence_libraries
+from worker.trainer.quiet import silence_libraries
 from worker.trainer_protocol import ModelOrder
 
 _SEED = 0  # shapes do not depend on it
@@ -37,8 +37,8 @@ def spec(
     """
     if find_spec("torch") is None or find_spec("peft") is None:
         raise Failed('`raflora spec` needs torch and peft; install them with: pip install "raflora[worker]"')
-    from worker.model import describe_model  # noqa: PLC0415 - torch takes seconds and may not be installed
-    from worker.shapes import shapes_of  # noqa: PLC0415 - likewise
+    from worker.trainer.model import describe_model  # noqa: PLC0415 - torch takes seconds and may not be installed
+    from worker.trainer.shapes import shapes_of  # noqa: PLC0415 - likewise
 
     silence_libraries()
 
@@ -67,7 +67,7 @@ def spec(
 def spec_json(described: AdapterSpec, base_model_digest: str, base: Mapping[str, int | str] | None = None) -> str:
     """The file's content: base_model_digest, modules by name with both sizes, tensors by name with their shape.
 
-    `base` is what `raflora plan` reads of the rest of the model (worker.shapes); the coordinator needs none of it.
+    `base` is what `raflora plan` reads of the rest of the model (worker.trainer.shapes); no coordinator needs it.
     """
     return json.dumps(
         {

@@ -18,9 +18,9 @@ from transformers import AutoModelForImageClassification
 
 from simulation.digits import BASE_FOLDER
 from worker.config import DataConfig
-from worker.data import read_rows
-from worker.quiet import silence_libraries
-from worker.tasks import ImageClassification
+from worker.trainer.data import read_rows
+from worker.trainer.quiet import silence_libraries
+from worker.trainer.tasks import ImageClassification
 
 
 def check_adapter(folder: Path, data: Path, base: Path) -> dict[str, Any]:

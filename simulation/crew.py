@@ -265,7 +265,7 @@ class _Performer:
         import torch  # noqa: PLC0415
 
         from simulation.prepare import Files, prepare  # noqa: PLC0415
-        from worker.quiet import silence_libraries  # noqa: PLC0415
+        from worker.trainer.quiet import silence_libraries  # noqa: PLC0415
 
         torch.set_num_threads(1)
         threadpoolctl.threadpool_limits(1)

@@ -19,9 +19,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from common.errors import ConfigError
-from worker.base_model import digest_of_weights
-from worker.features import FeatureClassifier, FeatureConfig
-from worker.tasks import ModelError, tokenizer_in
+from worker.trainer.base_model import digest_of_weights
+from worker.trainer.features import FeatureClassifier, FeatureConfig
+from worker.trainer.tasks import ModelError, tokenizer_in
 
 MINILM = "minilm"
 KINDS = ("bert",)  # whose layers the base model of feature classification has

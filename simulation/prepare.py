@@ -22,12 +22,12 @@ from simulation.contents import CONTENTS_FILE, Contents, claim_contents, digest_
 from simulation.encoder import MINILM, Features, Told, features_of, load_encoder, minilm_folder, write_base
 from simulation.experiment import DataSection, ExperimentConfig, ModelSection
 from simulation.text_data import DIGITS, Corpus, DataPlace, read_test, read_train
-from worker.base_model import device_of, digest_of_weights, resolve_folder
 from worker.config import DataConfig, ModelConfig
-from worker.data import Example
-from worker.features import PROJECTION, collate_features
-from worker.model import AdaptedModel
-from worker.tasks import Collator, FeatureClassification, ModelError, task_named
+from worker.trainer.base_model import device_of, digest_of_weights, resolve_folder
+from worker.trainer.data import Example
+from worker.trainer.features import PROJECTION, collate_features
+from worker.trainer.model import AdaptedModel
+from worker.trainer.tasks import Collator, FeatureClassification, ModelError, task_named
 from worker.trainer_protocol import ModelOrder
 
 TEXT_TASK = "sequence-classification"

@@ -1,7 +1,7 @@
 """An experiment's examples: rows with labels, and the group of each where clients are divided by groups.
 
-Read as a worker reads its site's data, through worker.data; nothing here is tokenized, and nothing is divided among
-clients. The parts that are taken of large files are the same for every seed of an experiment.
+Read as a worker reads its site's data, through worker.trainer.data; nothing here is tokenized, and nothing is divided
+among clients. The parts that are taken of large files are the same for every seed of an experiment.
 """
 
 import json
@@ -17,8 +17,8 @@ from common.errors import ConfigError
 from common.settings import DATA_VARIABLE, data_folder
 from simulation import digits
 from simulation.experiment import ClientsSection, DataSection
-from worker.data import FILE_KINDS, Row, read_rows, read_source
-from worker.tasks import LabelColumn
+from worker.trainer.data import FILE_KINDS, Row, read_rows, read_source
+from worker.trainer.tasks import LabelColumn
 
 DIGITS = "digits"
 _PART_SEED = 77  # of the one choice of max_train and max_test

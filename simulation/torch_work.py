@@ -13,11 +13,11 @@ import torch
 from common.adapter import Adapter, AdapterSpec
 from simulation.local_work import BaseChange, Evaluated, EvaluationSet, LocalTask, Trained, WorkDiverged
 from simulation.prepare import Prepared
-from worker.data import Example
-from worker.model import AdaptedModel, load_model, read_adapter, write_adapter
-from worker.tasks import Collator
+from worker.trainer.data import Example
+from worker.trainer.model import AdaptedModel, load_model, read_adapter, write_adapter
+from worker.trainer.tasks import Collator
+from worker.trainer.training import Diverged, Pruning, evaluate, train
 from worker.trainer_protocol import Plan
-from worker.training import Diverged, Pruning, evaluate, train
 
 
 @dataclass(frozen=True)

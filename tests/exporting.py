@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from common.adapter import Adapter, Factors
 from common.codec import digest_of, encode
 from worker.config import ModelConfig
-from worker.model import AdaptedModel, load_model, write_adapter
+from worker.trainer.model import AdaptedModel, load_model, write_adapter
 from worker.trainer_protocol import ModelOrder
 
 GPT2_ORDER = ModelOrder(

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from simulation.encoder import Features, SplitEncoder, features_of, load_encoder, write_base
 from simulation.prepare import FeatureExamples
 from worker.config import ModelConfig
-from worker.model import AdaptedModel, load_model
+from worker.trainer.model import AdaptedModel, load_model
 from worker.trainer_protocol import ModelOrder
 
 CLASS_NAMES = ("good_film", "bad_book", "very")

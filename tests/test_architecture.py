@@ -139,7 +139,7 @@ def test_a_library_in_the_wrong_file_is_caught(path: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("worker/model.py", "import torch"),
+        ("worker/trainer/model.py", "import torch"),
         ("simulation/run.py", "import datasets"),
         ("coordinator/servicers/status.py", "import grpc.aio"),
         ("coordinator/server.py", "from raflora.v1 import status_pb2"),
@@ -150,16 +150,16 @@ def test_a_library_in_the_right_file_is_not(path: str, line: str) -> None:
 
 
 def test_an_agent_that_reaches_torch_through_another_file_is_caught() -> None:
-    agent = parse("worker/agent.py", "from worker.model import load\n")
-    model = parse("worker/model.py", "import json\nimport torch\n")
+    agent = parse("worker/agent.py", "from worker.trainer.model import load\n")
+    model = parse("worker/trainer/model.py", "import json\nimport torch\n")
     assert _sentences(rules.worker_breaches([agent, model])) == [
         "worker/agent.py:1: is part of the agent, which loads no torch, "
-        "but imports worker.model.load > torch (worker/model.py:2)"
+        "but imports worker.trainer.model.load > torch (worker/trainer/model.py:2)"
     ]
 
 
 def test_a_trainer_that_reaches_grpc_is_caught() -> None:
-    trainer = parse("worker/trainer.py", "from common.channel import Tls\n")
+    trainer = parse("worker/trainer/process.py", "from common.channel import Tls\n")
     channel = parse("common/channel.py", "import grpc\n")
     [breach] = rules.worker_breaches([trainer, channel])
     assert "the trainer process, which speaks no gRPC" in breach.sentence
@@ -210,7 +210,7 @@ def test_a_circle_is_caught_even_if_one_import_hides_in_a_function() -> None:
 
 def test_peft_keys_elsewhere_are_caught_in_f_strings_too() -> None:
     text = f'x = "{rules.PEFT_KEY_PREFIX}.lora_A"\ny = f"{rules.PEFT_KEY_PREFIX}.{{x}}"\n'
-    assert [b.line for b in rules.peft_key_breaches([parse("worker/model.py", text)])] == [1, 2]
+    assert [b.line for b in rules.peft_key_breaches([parse("worker/trainer/model.py", text)])] == [1, 2]
     assert not _sentences(rules.peft_key_breaches([parse("worker/peft_format.py", text)]))
 
 
@@ -233,11 +233,11 @@ def test_a_look_at_the_environment_is_caught(line: str) -> None:
     ],
 )
 def test_code_that_comes_as_data_is_caught(line: str) -> None:
-    assert len(_sentences(rules.unsafe_breaches([parse("worker/model.py", line)]))) == 1
+    assert len(_sentences(rules.unsafe_breaches([parse("worker/trainer/model.py", line)]))) == 1
 
 
 def test_an_explicit_no_to_remote_code_is_allowed() -> None:
-    assert not _sentences(rules.unsafe_breaches([parse("worker/model.py", "f(trust_remote_code=False)")]))
+    assert not _sentences(rules.unsafe_breaches([parse("worker/trainer/model.py", "f(trust_remote_code=False)")]))
 
 
 def test_long_files_and_long_functions_are_caught() -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from common.errors import RafloraError
-from worker.group import Group
-from worker.member import Say, Work, serve
+from worker.trainer.group import Group
+from worker.trainer.member import Say, Work, serve
 from worker.trainer_protocol import (
     Answer,
     Evaluate,

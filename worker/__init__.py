@@ -1,1 +1,1 @@
-"""The worker: an agent that speaks gRPC and never imports torch, and a trainer that never imports grpc."""
+"""The worker: an agent that speaks gRPC and never imports torch, and beside it its trainer (worker/trainer)."""

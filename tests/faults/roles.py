@@ -149,7 +149,7 @@ class SeededTrainer(TrainerProcess):
         )
 
     async def train(self, request: Train, on_progress: OnProgress) -> Trained:  # noqa: ARG002 - one breath
-        """Writes the update as worker/trainer.py does."""
+        """Writes the update as worker/trainer/process.py does."""
         await asyncio.to_thread(_train, request)
         return Trained(self._num_examples, seconds=1.0, metrics={"train_loss": 0.25})
 

@@ -12,10 +12,10 @@ pytest.importorskip("bitsandbytes")
 from tiny_models import PLAN, VIT_ORDER, random_adapter, same, save_vit, side_images  # noqa: E402
 
 from worker.config import DataConfig, ModelConfig  # noqa: E402
-from worker.data import load_data  # noqa: E402
-from worker.fitting import MicroBatch, OutOfMemory  # noqa: E402
-from worker.model import load_model, read_adapter, write_adapter  # noqa: E402
-from worker.training import train  # noqa: E402
+from worker.trainer.data import load_data  # noqa: E402
+from worker.trainer.fitting import MicroBatch, OutOfMemory  # noqa: E402
+from worker.trainer.model import load_model, read_adapter, write_adapter  # noqa: E402
+from worker.trainer.training import train  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 

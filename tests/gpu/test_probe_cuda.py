@@ -26,7 +26,7 @@ TRAINER = (sys.executable, "-m", "worker.trainer")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from worker.features import FeatureClassifier, FeatureConfig  # noqa: PLC0415 # torch is there by now
+    from worker.trainer.features import FeatureClassifier, FeatureConfig  # noqa: PLC0415 # torch is there by now
 
     folder = tmp_path_factory.mktemp("wide")
     config = FeatureConfig(  # type: ignore[call-arg] # the number of labels is every configuration's

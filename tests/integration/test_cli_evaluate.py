@@ -15,10 +15,10 @@ from tiny_models import LLAMA_ORDER, random_adapter, tiny_llama
 from cli.main import main
 from common.adapter import Adapter, initial_adapter
 from worker.config import ModelConfig
-from worker.generation import Prompted, log_likelihoods
-from worker.model import AdaptedModel, load_model, write_adapter
 from worker.peft_format import WEIGHTS_FILE, write_peft_folder
-from worker.tasks import tokenizer_in
+from worker.trainer.generation import Prompted, log_likelihoods
+from worker.trainer.model import AdaptedModel, load_model, write_adapter
+from worker.trainer.tasks import tokenizer_in
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
 

@@ -128,7 +128,7 @@ def test_features_are_not_merged_and_the_lines_say_how_to_load_them(
         assert export(tmp_path / "merged", address, "--merged", "--model", "x") == 1
         assert "a type that plain transformers does not know" in capsys.readouterr().err
         assert export(tmp_path / "adapter", address) == 0
-    assert "from worker.features import FeatureClassifier" in capsys.readouterr().out
+    assert "from worker.trainer.features import FeatureClassifier" in capsys.readouterr().out
 
 
 def test_the_rank_is_asked_of_the_coordinator(canned: Canned, tmp_path: Path) -> None:

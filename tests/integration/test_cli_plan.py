@@ -313,8 +313,8 @@ ORDERS: Mapping[str, tuple[Any, ...]] = {
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_shapes_of_a_configuration_are_those_of_the_loaded_model(folders: Mapping[str, Path], case: str) -> None:
     from worker.config import ModelConfig  # noqa: PLC0415
-    from worker.model import load_model  # noqa: PLC0415
-    from worker.shapes import shapes_of  # noqa: PLC0415
+    from worker.trainer.model import load_model  # noqa: PLC0415
+    from worker.trainer.shapes import shapes_of  # noqa: PLC0415
 
     task, targets, saved, labels = ORDERS[case]
     name = case.partition(",")[0]
@@ -333,7 +333,7 @@ def test_what_is_predicted_of_factors_gradients_and_adam_is_what_torch_holds(fol
 
     from coordinator.footprint import BaseFacts, StepSetting, footprint_of  # noqa: PLC0415
     from worker.config import ModelConfig  # noqa: PLC0415
-    from worker.model import load_model  # noqa: PLC0415
+    from worker.trainer.model import load_model  # noqa: PLC0415
 
     config = ModelConfig(path=str(folders["bert"]), device="cpu", offline=True)
     order = order_of("sequence-classification", "all-linear", saved=("classifier",), labels=MOODS)

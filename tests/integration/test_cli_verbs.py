@@ -186,7 +186,7 @@ def test_version_is_one_word(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_settings_of_a_worker_are_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "worker"]) == 0
-    assert "| `rank` | integer, >= 1, <= 4096 | **required** |" in capsys.readouterr().out
+    assert "| `rank` | integer, >= 0, <= 4096 | `0` |" in capsys.readouterr().out
 
 
 def test_a_terminal_that_cannot_draw_a_bar_gets_question_marks() -> None:

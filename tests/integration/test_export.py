@@ -22,11 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cli.main import main
 from common.adapter import Adapter, Factors
-from worker import merge
 from worker.config import ModelConfig
-from worker.model import digest_of_weights
 from worker.peft_format import CONFIG_FILE, WEIGHTS_FILE, write_peft_folder
-from worker.tasks import ModelError
+from worker.trainer import merge
+from worker.trainer.model import digest_of_weights
+from worker.trainer.tasks import ModelError
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(600)]  # twenty models are made and loaded
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,12 +27,12 @@ from tiny_models import (
 from common.adapter import Adapter, AdapterSpec, ModuleShape
 from common.codec import Layout, decode, encode
 from worker.config import CoordinatorAddress, DataConfig, LaunchConfig, ModelConfig, WorkerConfig
-from worker.data import load_data
-from worker.model import load_model, read_adapter, write_adapter
 from worker.run import work
 from worker.supervisor import TaskFailed, TrainerProcess
+from worker.trainer.data import load_data
+from worker.trainer.model import load_model, read_adapter, write_adapter
+from worker.trainer.training import evaluate, train
 from worker.trainer_protocol import Evaluate, Load, Loaded, ModelOrder, ProgressMade, Train
-from worker.training import evaluate, train
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -19,7 +19,6 @@ from cli.main import main
 from cli.probe import Bench, measured
 from cli.probe_screen import ProbeScreen
 from common.errors import ConfigError
-from worker.base_model import digest_of_weights
 from worker.config import CoordinatorAddress, DataConfig, ModelConfig, WorkerConfig
 from worker.contact import Clock
 from worker.measurement import FILE_NAME, Measurement, Probe, Proposal, line_through, read_probe, write_probe
@@ -27,6 +26,7 @@ from worker.messages import ModelRequest, Welcome
 from worker.proposal import Question
 from worker.run import work
 from worker.supervisor import TrainerProcess
+from worker.trainer.base_model import digest_of_weights
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
 

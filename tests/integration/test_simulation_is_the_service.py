@@ -24,9 +24,9 @@ from simulation.run import Material, coordinator_config, play_on
 from simulation.schedule import RunPlan
 from simulation.torch_work import Examples, TorchWork
 from worker.config import CoordinatorAddress, DataConfig, ModelConfig, WorkerConfig
-from worker.data import load_data
-from worker.model import load_model
 from worker.run import work
+from worker.trainer.data import load_data
+from worker.trainer.model import load_model
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -293,7 +293,7 @@ def test_a_killed_trainer_ends_its_pipe_and_ctrl_c_does_not_kill_it(tmp_path: Pa
 
 _EVERYTHING_A_TRAINER_LOADS = """
 import sys
-import worker.trainer, worker.data, worker.model, worker.tasks, worker.training
+import worker.trainer.process, worker.trainer.data, worker.trainer.model, worker.trainer.tasks, worker.trainer.training
 assert "torch" in sys.modules
 raise SystemExit(sorted(name for name in sys.modules if name == "grpc" or name.startswith("raflora")) or 0)
 """

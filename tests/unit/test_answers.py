@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from worker.answers import Choices, answered_number, choices_of, substance
 from worker.config import DataConfig
-from worker.data import DataError, Row
+from worker.trainer.answers import Choices, answered_number, choices_of, substance
+from worker.trainer.data import DataError, Row
 from worker.trainer_protocol import EXACT, LAST_NUMBER
 
 CONFIG = DataConfig(test="test.jsonl")

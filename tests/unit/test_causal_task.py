@@ -13,11 +13,11 @@ from structlog.testing import capture_logs
 from tiny_models import EOS, LLAMA_ORDER, save_bpe, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, GPT2Config, GPT2LMHeadModel
 
-from worker.causal import CausalLanguageModel, LanguagePreparation
 from worker.config import DataConfig, ModelConfig
-from worker.data import DataError, Row, load_data
-from worker.model import load_model
-from worker.tasks import ModelError, task_named
+from worker.trainer.causal import CausalLanguageModel, LanguagePreparation
+from worker.trainer.data import DataError, Row, load_data
+from worker.trainer.model import load_model
+from worker.trainer.tasks import ModelError, task_named
 from worker.trainer_protocol import ModelOrder
 
 pytestmark = pytest.mark.torch

@@ -14,11 +14,11 @@ from tiny_models import LLAMA_ORDER, PLAN, random_adapter, same, tiny_llama, wor
 from common.adapter import Adapter, initial_adapter
 from common.codec import encode
 from worker.config import DataConfig, ModelConfig
-from worker.data import LocalData, load_data
-from worker.model import AdaptedModel, load_model, read_adapter, write_adapter
-from worker.tasks import Preparation
+from worker.trainer.data import LocalData, load_data
+from worker.trainer.model import AdaptedModel, load_model, read_adapter, write_adapter
+from worker.trainer.tasks import Preparation
+from worker.trainer.training import Diverged, Outcome, Pruning, evaluate, train
 from worker.trainer_protocol import ModelOrder
-from worker.training import Diverged, Outcome, Pruning, evaluate, train
 
 pytestmark = pytest.mark.torch
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from worker.config import DataConfig
-from worker.conversations import (
+from worker.trainer.conversations import (
     Conversation,
     Indistinct,
     Instruction,
@@ -18,7 +18,7 @@ from worker.conversations import (
     read_record,
     render,
 )
-from worker.data import DataError, Row
+from worker.trainer.data import DataError, Row
 
 ASKED, TOLD = Message("user", "2 + 3?"), Message("assistant", "5")
 

@@ -8,9 +8,9 @@ from tiny_models import BERT_ORDER, LLAMA_ORDER, MOODS, VIT_ORDER, save_bert, sa
 
 from common.errors import InvalidRequest
 from worker.config import DataConfig, ModelConfig, WorkerConfig
-from worker.dry_run import Bench, load_bench, longest_example, measure
-from worker.features import FeatureClassifier, FeatureConfig
-from worker.model import read_adapter
+from worker.trainer.dry_run import Bench, load_bench, longest_example, measure
+from worker.trainer.features import FeatureClassifier, FeatureConfig
+from worker.trainer.model import read_adapter
 from worker.trainer_protocol import (
     DryRun,
     DryRunDone,

@@ -14,12 +14,13 @@ from tiny_models import LLAMA_ORDER, PLAN, VIT_ORDER, random_adapter, save_vit, 
 from common.adapter import Adapter
 from common.codec import encode
 from common.errors import InvalidRequest
-from worker import trainer
 from worker.config import DataConfig, ModelConfig, WorkerConfig
-from worker.data import DataError, load_data
-from worker.evaluation import Pace, TestData, WrongMethod, evaluate_by
-from worker.generation import Prompted, generate, log_likelihoods
-from worker.model import AdaptedModel, load_model, read_adapter, write_adapter
+from worker.trainer import process as trainer
+from worker.trainer.data import DataError, load_data
+from worker.trainer.evaluation import Pace, TestData, WrongMethod, evaluate_by
+from worker.trainer.generation import Prompted, generate, log_likelihoods
+from worker.trainer.model import AdaptedModel, load_model, read_adapter, write_adapter
+from worker.trainer.training import train
 from worker.trainer_protocol import (
     CHOICE,
     EXACT,
@@ -36,7 +37,6 @@ from worker.trainer_protocol import (
     ProgressMade,
     to_line,
 )
-from worker.training import train
 
 pytestmark = pytest.mark.torch
 
@@ -158,7 +158,7 @@ def test_by_last_number_only_the_numbers_count(site: Site, monkeypatch: pytest.M
         ]
     )
     said = ["so 1 and 1 make 2.00", "#### 1000\n\nNext: 7", "three", "4"]
-    monkeypatch.setattr("worker.evaluation.generate", lambda *_, **__: said)
+    monkeypatch.setattr("worker.trainer.evaluation.generate", lambda *_, **__: said)
     _, metrics = site.measure(EvaluationPlan(GENERATION, 8, LAST_NUMBER), tests)
     assert metrics["exact_match"] == 0.5
 

@@ -13,10 +13,10 @@ from tiny_models import PLAN, random_adapter, same, save_bert
 from common.adapter import initial_adapter, slice_adapter
 from common.codec import encode
 from worker.config import ModelConfig
-from worker.features import FeatureClassifier, collate_features
-from worker.model import AdaptedModel, load_model, read_adapter, write_adapter
-from worker.tasks import ModelError
-from worker.training import Outcome, evaluate, train
+from worker.trainer.features import FeatureClassifier, collate_features
+from worker.trainer.model import AdaptedModel, load_model, read_adapter, write_adapter
+from worker.trainer.tasks import ModelError
+from worker.trainer.training import Outcome, evaluate, train
 
 pytestmark = pytest.mark.torch
 

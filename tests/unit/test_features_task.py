@@ -17,11 +17,11 @@ from tiny_models import PLAN, same
 from common.adapter import initial_adapter
 from common.errors import InvalidRequest
 from worker.config import DataConfig, ModelConfig
-from worker.data import DataError, Row, load_data
-from worker.features import collate_features
-from worker.model import load_model, read_adapter, write_adapter
-from worker.tasks import Preparation, task_named
-from worker.training import train
+from worker.trainer.data import DataError, Row, load_data
+from worker.trainer.features import collate_features
+from worker.trainer.model import load_model, read_adapter, write_adapter
+from worker.trainer.tasks import Preparation, task_named
+from worker.trainer.training import train
 
 pytestmark = pytest.mark.torch
 

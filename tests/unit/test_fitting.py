@@ -19,10 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common import codec
 from common.adapter import Adapter
 from worker.config import DataConfig, ModelConfig, WorkerConfig
-from worker.data import load_data
-from worker.fitting import MicroBatch, OutOfMemory, largest_divisor, loaded
-from worker.model import load_model
-from worker.trainer import _Session, _Trainer
+from worker.trainer.data import load_data
+from worker.trainer.fitting import MicroBatch, OutOfMemory, largest_divisor, loaded
+from worker.trainer.model import load_model
+from worker.trainer.process import _Session, _Trainer
 from worker.trainer_protocol import Load, Train, Trained, to_line
 
 pytestmark = pytest.mark.torch
@@ -181,7 +181,7 @@ def test_the_trainer_begins_again_from_the_slice_and_trains_the_same_batch(vit: 
 LIMITED = """
 import json, resource, sys, threading
 from pathlib import Path
-from worker.trainer import _Trainer
+from worker.trainer.process import _Trainer
 
 trainer = _Trainer(lambda _: None, threading.Event())
 requests = Path(sys.argv[1]).read_bytes().splitlines()

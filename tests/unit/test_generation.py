@@ -13,9 +13,9 @@ from tiny_models import LLAMA_ORDER, LLAMA_VOCABULARY, random_adapter, save_bpe,
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from worker.config import ModelConfig
-from worker.generation import Prompted, generate, log_likelihoods, longest_text
-from worker.model import AdaptedModel, load_model, write_adapter
-from worker.tasks import tokenizer_in
+from worker.trainer.generation import Prompted, generate, log_likelihoods, longest_text
+from worker.trainer.model import AdaptedModel, load_model, write_adapter
+from worker.trainer.tasks import tokenizer_in
 
 pytestmark = pytest.mark.torch
 

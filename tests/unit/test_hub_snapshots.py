@@ -10,11 +10,11 @@ from huggingface_hub import constants
 from huggingface_hub.utils._paths import filter_repo_objects
 from tiny_models import LLAMA_ORDER, tiny_llama
 
-from worker import base_model
-from worker.base_model import digest_of_weights, resolve_folder
 from worker.config import DataConfig, ModelConfig
-from worker.model import load_model
-from worker.tasks import ModelError
+from worker.trainer import base_model
+from worker.trainer.base_model import digest_of_weights, resolve_folder
+from worker.trainer.model import load_model
+from worker.trainer.tasks import ModelError
 
 pytestmark = pytest.mark.torch
 

@@ -28,8 +28,8 @@ from torch import nn
 
 from common.adapter import Adapter
 from worker.config import DataConfig, ModelConfig
-from worker.data import load_data
-from worker.model import (
+from worker.trainer.data import load_data
+from worker.trainer.model import (
     AdaptedModel,
     digest_of_weights,
     live_factors,
@@ -38,9 +38,9 @@ from worker.model import (
     set_dropout,
     write_adapter,
 )
-from worker.tasks import ModelError
+from worker.trainer.tasks import ModelError
+from worker.trainer.training import evaluate, train
 from worker.trainer_protocol import ModelOrder
-from worker.training import evaluate, train
 
 pytestmark = pytest.mark.torch
 

@@ -14,10 +14,10 @@ from simulation.check_adapter import check_adapter
 from simulation.digits import BASE_FOLDER, LABELS, digits_task, sample_for, sites_for, write_jsonl
 from simulation.pretrain_digits import accuracy, as_pixels
 from worker.config import DataConfig, ModelConfig
-from worker.data import read_rows
-from worker.model import load_model
 from worker.peft_format import write_peft_folder
-from worker.tasks import ImageClassification
+from worker.trainer.data import read_rows
+from worker.trainer.model import load_model
+from worker.trainer.tasks import ImageClassification
 from worker.trainer_protocol import ModelOrder
 
 pytestmark = pytest.mark.torch

@@ -18,8 +18,8 @@ from common.errors import ConfigError
 from common.settings import data_folder
 from simulation.encoder import SplitEncoder, features_of, load_encoder, minilm_folder, write_base
 from simulation.prepare import FeatureExamples
-from worker.features import FeatureClassifier, collate_features
-from worker.tasks import ModelError
+from worker.trainer.features import FeatureClassifier, collate_features
+from worker.trainer.tasks import ModelError
 
 pytestmark = pytest.mark.torch
 

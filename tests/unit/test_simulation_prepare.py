@@ -15,10 +15,10 @@ from common.errors import ConfigError
 from simulation.digits import BASE_FOLDER
 from simulation.prepare import Files, Prepared, prepare
 from worker.config import DataConfig
-from worker.data import LocalData, load_data
-from worker.model import load_model, read_adapter
-from worker.tasks import ModelError
-from worker.training import evaluate, train
+from worker.trainer.data import LocalData, load_data
+from worker.trainer.model import load_model, read_adapter
+from worker.trainer.tasks import ModelError
+from worker.trainer.training import evaluate, train
 
 pytestmark = pytest.mark.torch
 

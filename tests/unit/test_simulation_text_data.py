@@ -11,7 +11,7 @@ from common.errors import ConfigError
 from common.settings import DATA_VARIABLE
 from simulation.digits import digits_task
 from simulation.text_data import Corpus, DataPlace, read_test, read_train
-from worker.data import DataError
+from worker.trainer.data import DataError
 
 pytestmark = pytest.mark.torch
 

@@ -16,8 +16,8 @@ from simulation.local_work import EvaluationSet, LocalTask, Trained, WorkDiverge
 from simulation.population import SimulatedClient
 from simulation.torch_work import Examples, TorchWork
 from worker.config import DataConfig, ModelConfig
-from worker.data import Row
-from worker.model import load_model
+from worker.trainer.data import Row
+from worker.trainer.model import load_model
 
 pytestmark = pytest.mark.torch
 

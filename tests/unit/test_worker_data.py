@@ -17,8 +17,17 @@ from tiny_models import MOODS, SIDES, save_bert, save_vit, side_images
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from worker.config import DataConfig
-from worker.data import ClassName, DataError, Example, ExamplesOnAccess, LocalData, Prepared, Row, load_data, read_rows
-from worker.tasks import ImageClassification, LabelColumn, Preparation, SequenceClassification
+from worker.trainer.data import (
+    ClassName,
+    DataError,
+    Example,
+    LocalData,
+    Prepared,
+    Row,
+    load_data,
+    read_rows,
+)
+from worker.trainer.tasks import ImageClassification, LabelColumn, Preparation, SequenceClassification
 
 TEXTS = [{"text": "good film", "label": "happy"}, {"text": "bad book", "label": "sad"}] * 10
 
@@ -352,23 +361,6 @@ def test_a_label_or_a_header_that_is_wrong_is_found_before_any_training(images: 
         path = write_jsonl(tmp_path / "a.jsonl", [good, bad])
         with pytest.raises(DataError, match=r"a\.jsonl, line 2"):
             load_data(DataConfig(train=str(path), test=str(path)), images, seed=0, offline=True)
-
-
-def test_images_are_prepared_on_access_and_kept_while_there_is_room() -> None:
-    prepared: list[int] = []
-
-    def prepare(row: Row) -> Example:
-        prepared.append(row["n"])
-        return {"pixel_values": np.full(4, row["n"], dtype=np.float32)}  # 16 bytes
-
-    rows = [Row(f"line {n}", Path(), {"n": n}) for n in range(4)]
-    examples = ExamplesOnAccess(rows, check=lambda _: None, prepare=prepare, keep_bytes=40)
-    assert (len(examples), prepared) == (4, [])
-    for _ in range(2):
-        assert [int(example["pixel_values"][0]) for example in examples] == [0, 1, 2, 3]
-    assert prepared == [0, 1, 2, 3, 2, 3]
-    assert examples[-1]["pixel_values"][0] == 3
-    assert [int(example["pixel_values"][0]) for example in examples[1:3]] == [1, 2]
 
 
 def test_an_image_that_is_broken_behind_its_header_is_told_when_it_is_needed(

@@ -16,7 +16,8 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 from common.adapter import Adapter, Factors, initial_adapter, slice_adapter
 from common.errors import AdapterMismatch, InvalidRequest
 from worker.config import DataConfig, ModelConfig
-from worker.model import (
+from worker.peft_format import CONFIG_FILE, write_peft_folder
+from worker.trainer.model import (
     AdaptedModel,
     describe_model,
     digest_of_weights,
@@ -24,8 +25,7 @@ from worker.model import (
     read_adapter,
     write_adapter,
 )
-from worker.peft_format import CONFIG_FILE, write_peft_folder
-from worker.tasks import ModelError
+from worker.trainer.tasks import ModelError
 from worker.trainer_protocol import ModelOrder
 
 pytestmark = pytest.mark.torch

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from worker import trainer
 from worker.config import DataConfig, ModelConfig, WorkerConfig
-from worker.fitting import is_out_of_memory
-from worker.trainer import log_context
+from worker.trainer import process as trainer
+from worker.trainer.fitting import is_out_of_memory
+from worker.trainer.process import log_context
 from worker.trainer_protocol import Evaluate, Failed, to_line
 
 pytestmark = pytest.mark.torch

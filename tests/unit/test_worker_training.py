@@ -26,11 +26,11 @@ from common.adapter import Adapter, initial_adapter, slice_adapter
 from common.codec import encode
 from common.errors import InvalidRequest
 from worker.config import DataConfig, ModelConfig
-from worker.data import LocalData, load_data
-from worker.model import AdaptedModel, live_factors, load_model, read_adapter, write_adapter
-from worker.tasks import Preparation
+from worker.trainer.data import LocalData, load_data
+from worker.trainer.model import AdaptedModel, live_factors, load_model, read_adapter, write_adapter
+from worker.trainer.tasks import Preparation
+from worker.trainer.training import Diverged, Outcome, Pruning, evaluate, train
 from worker.trainer_protocol import ModelOrder
-from worker.training import Diverged, Outcome, Pruning, evaluate, train
 
 pytestmark = pytest.mark.torch
 

@@ -15,9 +15,9 @@ from peft import PeftModel
 
 from common.errors import AdapterMismatch
 from worker.config import ModelConfig
-from worker.model import digest_of_weights, resolve_folder
 from worker.peft_format import read_peft_folder
-from worker.tasks import ModelError, task_named
+from worker.trainer.model import digest_of_weights, resolve_folder
+from worker.trainer.tasks import ModelError, task_named
 
 MAX_SHARD_SIZE = "5GB"  # what hubs and file systems take without complaint
 _CONFIG = "config.json"

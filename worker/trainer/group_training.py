@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from transformers import EvalPrediction
 
 from common.errors import InvalidRequest
-from worker.group import Group
+from worker.trainer.group import Group
 
 _NONE_OF_IT = "raflora_no_part"  # in a batch that stands in for none: it takes part in the step and counts nothing
 

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from worker.config import DataConfig
-from worker.data import DataError, Row
+from worker.trainer.data import DataError, Row
 from worker.trainer_protocol import LAST_NUMBER
 
 _MARK = "####"  # GSM8K's, before the answer

@@ -23,10 +23,10 @@ from transformers import (
 
 from common.errors import InvalidRequest
 from worker.config import DataConfig
-from worker.data import ClassName, DataError, Example, ExamplesOnAccess, Prepared, Row
-from worker.features import FeatureClassifier, collate_features
-from worker.task import Collator, ModelError, Preparation, Task, tokenizer_in
-from worker.trainers import ExactTrainer
+from worker.trainer.data import ClassName, DataError, Example, ExamplesOnAccess, Prepared, Row
+from worker.trainer.features import FeatureClassifier, collate_features
+from worker.trainer.task import Collator, ModelError, Preparation, Task, tokenizer_in
+from worker.trainer.trainers import ExactTrainer
 
 __all__ = ["Collator", "ModelError", "Preparation", "Task", "task_named", "tokenizer_in"]
 
@@ -48,7 +48,7 @@ def task_named(name: str) -> Task:
 
 
 def _causal_language_model() -> Task:
-    from worker.causal import CausalLanguageModel  # noqa: PLC0415 # it loads trl, which others do not need
+    from worker.trainer.causal import CausalLanguageModel  # noqa: PLC0415 # it loads trl, which others do not need
 
     return CausalLanguageModel()
 

@@ -15,7 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from worker.trainers import OneDevice
+from worker.trainer.trainers import OneDevice
 
 NOT_LEARNT = -100  # the label of a token without loss, as everywhere in transformers
 

@@ -1,7 +1,7 @@
 """What a training step takes at a rank: memory and time of real steps on made-up examples of the model's true shape.
 
-The steps go through worker.training like any round's. No record of this site is read, and nothing that is trained
-here is kept.
+The steps go through worker.trainer.training like any round's. No record of this site is read, and nothing that is
+trained here is kept.
 """
 
 import ctypes
@@ -18,12 +18,12 @@ import torch
 from common.adapter import initial_adapter
 from common.errors import InvalidRequest
 from worker.config import WorkerConfig
-from worker.data import Example
-from worker.fitting import free_memory
-from worker.model import AdaptedModel, load_model, write_adapter
-from worker.tasks import Collator, tokenizer_in
+from worker.trainer.data import Example
+from worker.trainer.fitting import free_memory
+from worker.trainer.model import AdaptedModel, load_model, write_adapter
+from worker.trainer.tasks import Collator, tokenizer_in
+from worker.trainer.training import Report, train
 from worker.trainer_protocol import DryRun, ModelOrder, Plan
-from worker.training import Report, train
 
 WARM_UP_STEPS = 2  # the first allocates, the second may still choose kernels
 _SEED = 0

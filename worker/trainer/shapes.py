@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from common.adapter import AdapterSpec, ModuleShape, TensorShape
 from worker.config import ModelConfig
-from worker.targets import is_transposed, layers_of_the_base, resolve_heads, resolve_targets
-from worker.tasks import ModelError, task_named
+from worker.trainer.targets import is_transposed, layers_of_the_base, resolve_heads, resolve_targets
+from worker.trainer.tasks import ModelError, task_named
 from worker.trainer_protocol import ModelOrder
 
 

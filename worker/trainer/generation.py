@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from worker.model import AdaptedModel
-from worker.training import Report
+from worker.trainer.model import AdaptedModel
+from worker.trainer.training import Report
 
 Tokens = Sequence[int]
 

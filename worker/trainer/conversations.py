@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from worker.answers import choices_of
 from worker.config import DataConfig
-from worker.data import DataError, Row
+from worker.trainer.answers import choices_of
+from worker.trainer.data import DataError, Row
 
 PROMPT_RESPONSE, MESSAGES, TEXT = FORMATS = ("prompt-response", "messages", "text")
 ROLES = ("system", "user", "assistant", "tool")

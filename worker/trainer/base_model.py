@@ -18,9 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from worker.config import ModelConfig
-from worker.fitting import is_out_of_memory
-from worker.targets import is_linear, is_under, layers_of_the_base
-from worker.tasks import ModelError, task_named
+from worker.trainer.fitting import is_out_of_memory
+from worker.trainer.targets import is_linear, is_under, layers_of_the_base
+from worker.trainer.tasks import ModelError, task_named
 from worker.trainer_protocol import ModelOrder
 
 _WEIGHTS = "model.safetensors"

@@ -14,7 +14,7 @@ import structlog
 from jinja2 import TemplateError
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from worker.conversations import (
+from worker.trainer.conversations import (
     ASSISTANT,
     Conversation,
     Indistinct,
@@ -24,9 +24,9 @@ from worker.conversations import (
     Record,
     render,
 )
-from worker.data import DataError
-from worker.language_trainer import NOT_LEARNT
-from worker.task import ModelError
+from worker.trainer.data import DataError
+from worker.trainer.language_trainer import NOT_LEARNT
+from worker.trainer.task import ModelError
 
 log = structlog.get_logger()
 
@@ -167,7 +167,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class _Template:
-    """worker.conversations.ChatTemplate of a tokenizer."""
+    """worker.trainer.conversations.ChatTemplate of a tokenizer."""
 
     tokenizer: Any
     text: str

@@ -16,10 +16,10 @@ from torch import nn
 from common.adapter import Adapter, AdapterSpec, ModuleShape, TensorShape
 from common.errors import AdapterMismatch
 from worker import peft_format
-from worker.base_model import device_of, digest_of_weights, is_quantized, load_base, resolve_folder
 from worker.config import ModelConfig
-from worker.targets import ALL_LINEAR, is_transposed, resolve_heads, resolve_targets
-from worker.tasks import ModelError, Task, task_named
+from worker.trainer.base_model import device_of, digest_of_weights, is_quantized, load_base, resolve_folder
+from worker.trainer.targets import ALL_LINEAR, is_transposed, resolve_heads, resolve_targets
+from worker.trainer.tasks import ModelError, Task, task_named
 from worker.trainer_protocol import ModelOrder
 
 __all__ = [

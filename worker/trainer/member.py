@@ -1,7 +1,7 @@
 """One process of a group: process 0 speaks to the agent over its socket, the others do what it hands out.
 
-A lone trainer's loop is in worker/trainer.py; this is the same for a group. It ends with its group: when the agent is
-gone, when the launcher is gone, and when process 0 is gone.
+A lone trainer's loop is in worker/trainer/process.py; this is the same for a group. It ends with its group: when the
+agent is gone, when the launcher is gone, and when process 0 is gone.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from common.errors import RafloraError
 from common.settings import Launched, take_launch
-from worker.group import Group, StopWatch, join_group
+from worker.trainer.group import Group, StopWatch, join_group
 from worker.trainer_protocol import MAX_LINE_BYTES, Answer, Failed, Stop, to_line
 
 _LAST_WORDS_SECONDS = 5.0  # in which process 0 can say why, before a launcher ends it because another one ended

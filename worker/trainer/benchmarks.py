@@ -13,7 +13,7 @@ from typing import Any
 
 from common.errors import ConfigError, RafloraError
 from worker.peft_format import CONFIG_FILE, WEIGHTS_FILE
-from worker.quiet import silence_libraries
+from worker.trainer.quiet import silence_libraries
 
 _SHOWN = 5  # names in an error message
 _LONGEST_QUOTE = 300

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, EvalPrediction
 
 from common.errors import RafloraError
 from worker.config import DataConfig
-from worker.data import Example, Prepared, Row
+from worker.trainer.data import Example, Prepared, Row
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 

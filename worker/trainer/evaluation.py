@@ -13,16 +13,16 @@ import numpy as np
 from torch.utils.data import Subset
 
 from common.errors import InvalidRequest, RafloraError
-from worker.answers import choices_of, substance
 from worker.config import DataConfig
-from worker.data import DataError, LocalData, Row
-from worker.generation import Prompted, generate, log_likelihoods, longest_text
-from worker.group import ALONE, Group
-from worker.group_training import share_of
-from worker.model import AdaptedModel
-from worker.tasks import Preparation
+from worker.trainer.answers import choices_of, substance
+from worker.trainer.data import DataError, LocalData, Row
+from worker.trainer.generation import Prompted, generate, log_likelihoods, longest_text
+from worker.trainer.group import ALONE, Group
+from worker.trainer.group_training import share_of
+from worker.trainer.model import AdaptedModel
+from worker.trainer.tasks import Preparation
+from worker.trainer.training import Diverged, Report, evaluate
 from worker.trainer_protocol import CHOICE, GENERATION, LOSS, EvaluationPlan
-from worker.training import Diverged, Report, evaluate
 
 _BATCH = 16  # texts at once where the site names no batch_size
 

@@ -29,9 +29,9 @@ from common.errors import ConfigError, InvalidRequest, RafloraError
 from common.failpoints import reach
 from common.logs import set_up_logs
 from worker.config import WorkerConfig
-from worker.fitting import MicroBatch, free_memory, is_out_of_memory, loaded
 from worker.identity import client_id_of
-from worker.quiet import silence_libraries
+from worker.trainer.fitting import MicroBatch, free_memory, is_out_of_memory, loaded
+from worker.trainer.quiet import silence_libraries
 from worker.trainer_protocol import (
     MAX_LINE_BYTES,
     SOCKET_OPTION,
@@ -54,12 +54,12 @@ from worker.trainer_protocol import (
 )
 
 if TYPE_CHECKING:
-    from worker.data import LocalData
-    from worker.dry_run import Bench
-    from worker.group import Group
-    from worker.model import AdaptedModel
-    from worker.tasks import Preparation
-    from worker.training import Outcome
+    from worker.trainer.data import LocalData
+    from worker.trainer.dry_run import Bench
+    from worker.trainer.group import Group
+    from worker.trainer.model import AdaptedModel
+    from worker.trainer.tasks import Preparation
+    from worker.trainer.training import Outcome
 
 MAX_WAITING_REQUESTS = 4  # an agent asks one thing at a time; more waiting is a mistake of ours
 PROGRESS_SECONDS = 0.2  # between two lines of progress
@@ -93,7 +93,7 @@ def main() -> int:
     # Ctrl-C in a terminal reaches the whole process group; the agent decides when its trainer ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if SOCKET_OPTION in sys.argv[:-1]:
-        from worker.member import serve  # noqa: PLC0415 # only a group needs torch to speak
+        from worker.trainer.member import serve  # noqa: PLC0415 # only a group needs torch to speak
 
         return serve(sys.argv[-1], lambda say, stopping, group: _Trainer(say, stopping, group).answer)
     answers = _keep_stdout_for_answers()
@@ -171,8 +171,8 @@ class _Trainer:
 
     def _load(self, request: Load) -> Loaded:
         config = self._on_own_device(self._begin_anew(request.config_json, request.federation))
-        from worker.data import load_data  # noqa: PLC0415 # seconds of imports, after the protocol is up
-        from worker.model import load_model  # noqa: PLC0415
+        from worker.trainer.data import load_data  # noqa: PLC0415 # seconds of imports, after the protocol is up
+        from worker.trainer.model import load_model  # noqa: PLC0415
 
         model = loaded(
             lambda: load_model(config.model, request.order),
@@ -200,7 +200,7 @@ class _Trainer:
         """The settings for this process of a group."""
         if self._group is None:
             return config
-        from worker.group import own_device  # noqa: PLC0415
+        from worker.trainer.group import own_device  # noqa: PLC0415
 
         device = own_device(config.model.device, self._group)
         return config.model_copy(update={"model": config.model.model_copy(update={"device": device})})
@@ -216,7 +216,7 @@ class _Trainer:
         return config
 
     def _dry_run(self, request: DryRun) -> DryRunDone:
-        from worker.dry_run import load_bench, measure  # noqa: PLC0415
+        from worker.trainer.dry_run import load_bench, measure  # noqa: PLC0415
 
         if self._bench is None or self._bench[:2] != (request.config_json, request.order):
             config = self._begin_anew(request.config_json)
@@ -233,9 +233,9 @@ class _Trainer:
         )
 
     def _train(self, request: Train) -> Trained:
-        from worker.group import ALONE  # noqa: PLC0415
-        from worker.model import read_adapter  # noqa: PLC0415
-        from worker.training import train  # noqa: PLC0415
+        from worker.trainer.group import ALONE  # noqa: PLC0415
+        from worker.trainer.model import read_adapter  # noqa: PLC0415
+        from worker.trainer.training import train  # noqa: PLC0415
 
         session = self._session_for(request)
         if session.config.evaluator:
@@ -268,8 +268,8 @@ class _Trainer:
         return Trained(len(session.data.train), outcome.seconds, {**outcome.metrics, "micro_batch": float(micro_batch)})
 
     def _evaluate(self, request: Evaluate) -> Evaluated:
-        from worker.evaluation import Pace, TestData, evaluate_by  # noqa: PLC0415
-        from worker.group import ALONE  # noqa: PLC0415
+        from worker.trainer.evaluation import Pace, TestData, evaluate_by  # noqa: PLC0415
+        from worker.trainer.group import ALONE  # noqa: PLC0415
 
         session = self._put_slice(request)
         tests = TestData(session.data, session.preparation, session.config.data, session.seed)
@@ -290,7 +290,7 @@ class _Trainer:
 
     def _put_slice(self, request: Train | Evaluate) -> _Session:
         """Makes the live adapter the one in the request's file."""
-        from worker.model import write_adapter  # noqa: PLC0415
+        from worker.trainer.model import write_adapter  # noqa: PLC0415
 
         session = self._session_for(request)
         write_adapter(session.model, _read_slice(request, session.model), scaling=request.scaling)
@@ -388,10 +388,3 @@ def _memory_bytes(model: "AdaptedModel") -> int:
 
         return int(torch.cuda.get_device_properties(model.device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-if __name__ == "__main__":
-    status = main()
-    sys.stderr.flush()
-    # Not sys.exit: it would wait for the lock of the input, which the reading thread holds.
-    os._exit(status)

@@ -17,11 +17,11 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from common.adapter import shrunk_rank
 from common.errors import InvalidRequest, RafloraError
-from worker.data import Example
-from worker.group import ALONE, Group
-from worker.group_training import for_group, own_batch, share_of
-from worker.model import AdaptedModel, live_factors, set_dropout
-from worker.tasks import Collator
+from worker.trainer.data import Example
+from worker.trainer.group import ALONE, Group
+from worker.trainer.group_training import for_group, own_batch, share_of
+from worker.trainer.model import AdaptedModel, live_factors, set_dropout
+from worker.trainer.tasks import Collator
 from worker.trainer_protocol import Plan
 
 MAX_SEED = 1 << 32  # numpy's limit

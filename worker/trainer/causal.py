@@ -19,11 +19,19 @@ from transformers import AutoModelForCausalLM, EvalPrediction
 from trl.data_utils import pack_dataset
 
 from worker.config import DataConfig
-from worker.conversations import MESSAGES, Conversation, Instruction, PlainText, check_reading, format_of, read_record
-from worker.data import DataError, Example, Prepared, Row
-from worker.language_trainer import NOT_LEARNT, LanguageCollator, LanguageTrainer, as_dataset, fused_head
-from worker.task import ModelError, Preparation, tokenizer_in
-from worker.tokens import Tokens
+from worker.trainer.conversations import (
+    MESSAGES,
+    Conversation,
+    Instruction,
+    PlainText,
+    check_reading,
+    format_of,
+    read_record,
+)
+from worker.trainer.data import DataError, Example, Prepared, Row
+from worker.trainer.language_trainer import NOT_LEARNT, LanguageCollator, LanguageTrainer, as_dataset, fused_head
+from worker.trainer.task import ModelError, Preparation, tokenizer_in
+from worker.trainer.tokens import Tokens
 
 log = structlog.get_logger()
 
