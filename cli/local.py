@@ -39,9 +39,9 @@ async def local(
     config = load_settings(CoordinatorConfig, federation)
     if config.server.identity is not None or config.server.tls is not None:
         raise ConfigError(f"{federation}: raflora local speaks in the clear here; take [server.identity] out")
-    names = _names(workers)
-    if len(names) < config.rounds.min_clients:
-        raise ConfigError(f"{len(names)} worker files, but rounds.min_clients is {config.rounds.min_clients}")
+    names, num_training = _names(workers)
+    if num_training < config.rounds.min_clients:
+        raise ConfigError(f"{num_training} workers that train, but rounds.min_clients is {config.rounds.min_clients}")
     files = _files(logs, federation, names)
     with DemoScreen(stdout_console()) as screen:
         screen.title(f"{config.name}: {config.rounds.num_rounds} rounds, {len(names)} workers, logs in {logs}")
@@ -60,10 +60,11 @@ def _files(logs: Path, federation: Path, workers: Mapping[str, Path]) -> Files:
     return Files(logs, federation, workers, ("server.listen=127.0.0.1:0", "log_format=json"))
 
 
-def _names(files: Sequence[Path]) -> Mapping[str, Path]:
-    """The workers' names; they must differ, and so must their state folders. Raises ConfigError."""
+def _names(files: Sequence[Path]) -> tuple[Mapping[str, Path], int]:
+    """The workers' files by name, and how many of them train. Names and state folders must differ: ConfigError."""
     named: dict[str, Path] = {}
     states: dict[Path, Path] = {}
+    num_training = 0
     for file in files:
         config = load_settings(WorkerConfig, file)
         if not config.name:
@@ -72,7 +73,8 @@ def _names(files: Sequence[Path]) -> Mapping[str, Path]:
         if other is not None:
             raise ConfigError(f"{file}: has the name or the state_dir of {other}; give every worker its own")
         named[config.name] = states[config.state_dir.absolute()] = file
-    return named
+        num_training += not config.evaluator
+    return named, num_training
 
 
 def _show(story: Story, screen: DemoScreen) -> None:
