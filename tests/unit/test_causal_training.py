@@ -14,6 +14,7 @@ from tiny_models import LLAMA_ORDER, PLAN, random_adapter, same, tiny_llama, wor
 from common.adapter import Adapter, initial_adapter
 from common.codec import encode
 from worker.config import DataConfig, ModelConfig
+from worker.trainer import language_trainer
 from worker.trainer.data import LocalData, load_data
 from worker.trainer.model import AdaptedModel, load_model, read_adapter, write_adapter
 from worker.trainer.tasks import Preparation
@@ -111,6 +112,26 @@ def test_training_learns(site: Site) -> None:
     assert after["token_accuracy"] > before["token_accuracy"]
 
 
+@pytest.fixture(params=["own loss", "fused head"])
+def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to a loss, whatever the size of the batch."""
+    if request.param == "fused head":
+        monkeypatch.setattr(language_trainer, "MAX_LOGITS_BYTES", 0)
+    return str(request.param)
+
+
+def test_many_logits_teach_what_few_do(site: Site, packed: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in (site, packed):
+        with monkeypatch.context() as changed:
+            changed.setattr(language_trainer, "MAX_LOGITS_BYTES", 0)
+            fused, told = each.trained(each.start(), **EXACT)
+        own, also = each.trained(each.start(), **EXACT)
+        assert not same(own, each.start())
+        assert_close(own, fused)
+        assert told.metrics["train_loss"] == pytest.approx(also.metrics["train_loss"], rel=1e-4)
+
+
+@pytest.mark.usefixtures("head")
 @pytest.mark.parametrize("memory_batch", [1, 2])
 @pytest.mark.parametrize("kind", ["site", "packed"])
 def test_every_token_weighs_the_same_in_however_many_parts(
@@ -125,6 +146,7 @@ def test_every_token_weighs_the_same_in_however_many_parts(
     assert_close(whole, parts)
 
 
+@pytest.mark.usefixtures("head")
 def test_the_loss_of_a_batch_is_the_mean_over_its_tokens(site: Site) -> None:
     count = len(site.data.train)
     _, outcome = site.trained(site.start(), batch_size=count, local_steps=1)
@@ -153,6 +175,7 @@ def test_the_evaluation_loss_is_the_mean_over_tokens_whatever_the_batch(site: Si
     assert found.keys() == {"eval_loss", "token_accuracy"}
 
 
+@pytest.mark.usefixtures("head")
 def test_packed_examples_teach_what_they_teach_alone(site: Site, packed: Site) -> None:
     assert packed.data.num_examples == site.data.num_examples == 18 > len(packed.data.train)
     plan: dict[str, Any] = {"local_steps": 1, "batch_size": 18, **EXACT}
@@ -180,6 +203,7 @@ def test_lora_A_can_stay_frozen(site: Site) -> None:
         assert (adapter.modules[name].lora_B != 0).any()
 
 
+@pytest.mark.usefixtures("head")
 def test_the_pruning_term_counts_once_for_a_batch(site: Site) -> None:
     start = random_adapter(site.model.spec, 4)
     plan: dict[str, Any] = {"local_steps": 1, "batch_size": 6}

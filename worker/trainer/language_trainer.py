@@ -1,7 +1,8 @@
 """trl's SFTTrainer made exact, and the batches that it takes.
 
-The mean is over all tokens to be learnt of a whole batch, in however many parts it is computed. The logits of a
-batch are never in memory at once: trl's fused head computes each token's log-probability from the hidden states.
+The mean is over all tokens to be learnt of a whole batch, in however many parts it is computed. Many logits are never
+in memory at once: trl's fused head computes each token's log-probability from the hidden states, and once more on the
+way back. Few are computed once, by the model's own loss, which is faster.
 Nothing is sent to anybody, and the model is left as it was found.
 """
 
@@ -17,6 +18,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from worker.trainer.trainers import OneDevice
 
+MAX_LOGITS_BYTES = 256 << 20  # of one part of a batch; a loss holds a few times as much
+_LOGIT_BYTES = 4  # losses are computed in float32
 NOT_LEARNT = -100  # the label of a token without loss, as everywhere in transformers
 
 
@@ -81,15 +84,16 @@ class LanguageTrainer(SFTTrainer):
         # Over a quantised base trl makes LoRA bfloat16, too coarse for small steps and for what is sent.
         for parameter, values in trained:
             parameter.data = values
+        self._vocabulary: int = model.get_base_model().config.get_text_config().vocab_size
         self.model_accepts_loss_kwargs = True  # so the tokens of the whole batch are counted, whatever the model
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The part's share of the whole batch's mean loss."""
-        found: Any = super().compute_loss(  # type: ignore[no-untyped-call]
-            model, inputs, return_outputs, num_items_in_batch
-        )
+        own = self._vocabulary * inputs["labels"].numel() * _LOGIT_BYTES <= MAX_LOGITS_BYTES
+        compute: Any = super(SFTTrainer, self).compute_loss if own else super().compute_loss
+        found: Any = compute(model, inputs, return_outputs, num_items_in_batch)
         if self.extra_loss is None:
             return found
         loss, *outputs = found if return_outputs else (found,)
