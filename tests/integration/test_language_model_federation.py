@@ -88,10 +88,15 @@ async def test_two_workers_of_unequal_rank_teach_a_language_model(tmp_path: Path
             phases = [answer.status.phase async for answer in answers]
         assert phases[-1] == status_pb2.PHASE_FINISHED, [file.with_name("log").read_text()[-2000:] for file in files]
         rounds = (await observer.status.ListRounds(status_pb2.ListRoundsRequest())).rounds
+        clients = (await observer.status.ListClients(status_pb2.ListClientsRequest())).clients
         export = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "cli.main", "export", str(tmp_path / "exported"), "--coordinator", address)
         )
         assert await asyncio.wait_for(export.wait(), SECONDS) == 0
+    # Records are the weight, also of a site that packs several into one sequence.
+    joined = {client.client_id: client.num_examples for client in clients}
+    assert all({c.client_id: c.num_examples for c in summary.contributions} == joined for summary in rounds)
+    assert len(set(joined.values())) == 1  # both sites were given as many
     losses = [{e.client_id: e.metrics["eval_loss"] for e in summary.evaluations} for summary in rounds]
     assert losses[0].keys() == losses[1].keys() == {"ada", "bob"}
     untrained = torch.log(torch.tensor(400.0))  # of a model that thinks all tokens equally likely

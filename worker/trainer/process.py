@@ -128,12 +128,10 @@ class _Trainer:
     def answer(self, line: bytes) -> Answer:
         """The last answer to a request; progress is said on the way. Everything that goes wrong is a Failed."""
         try:
-            request = request_from_line(line)
-            # Each process loads for itself; what comes later they do in step.
-            return self._do(request) if isinstance(request, Load) else self._in_step(self._do)(request)
+            return self._in_step(self._do)(request_from_line(line))
         except RafloraError as error:
             # Without the others a process of a group can do nothing more.
-            return Failed(error.reason, str(error), fatal=error.reason == "trainer_died")
+            return Failed(error.reason, str(error), fatal=getattr(error, "is_the_end", False))
         except Exception as error:
             if not is_out_of_memory(error):
                 traceback.print_exc()
@@ -175,7 +173,7 @@ class _Trainer:
         from worker.trainer.model import load_model  # noqa: PLC0415
 
         model = loaded(
-            lambda: load_model(config.model, request.order),
+            lambda: load_model(config.model, request.order, over=self._sharded_over(config)),
             lora_rank=request.order.lora_rank,
             device=config.model.device,
         )
@@ -205,9 +203,16 @@ class _Trainer:
         device = own_device(config.model.device, self._group)
         return config.model_copy(update={"model": config.model.model_copy(update={"device": device})})
 
+    def _sharded_over(self, config: WorkerConfig) -> "Group | None":
+        """The group whose processes each keep a part of the base; None: this one keeps it whole."""
+        is_asked = self._group is not None and (config.launch.shard_base or self._group.is_to_shard)
+        return self._group if is_asked else None
+
     def _begin_anew(self, config_json: str, federation: str = "") -> WorkerConfig:
         """Lets go of what is loaded and takes these settings."""
         self._session = self._bench = None
+        if self._group is not None:
+            self._group.accompany = None  # it holds the model
         gc.unfreeze()
         free_memory()
         config = _config_from(config_json)
@@ -265,7 +270,8 @@ class _Trainer:
         if self._group is None or self._group.is_first:
             Path(request.update_path).write_bytes(content)
         reach("result.written")
-        return Trained(len(session.data.train), outcome.seconds, {**outcome.metrics, "micro_batch": float(micro_batch)})
+        metrics = {**outcome.metrics, "micro_batch": float(micro_batch)}
+        return Trained(session.data.num_examples, outcome.seconds, metrics)
 
     def _evaluate(self, request: Evaluate) -> Evaluated:
         from worker.trainer.evaluation import Pace, TestData, evaluate_by  # noqa: PLC0415
