@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench load soak picture rank-collapse theorem proto docs compose-test clean fuzz kills hunt
+.PHONY: help setup check test demo bench bench-worker bench-round load soak picture rank-collapse theorem proto docs compose-test clean fuzz kills hunt
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,12 @@ hunt: setup  ## how many seeded kills find each planted bug: make hunt SEED=99
 
 bench: setup  ## our aggregation against the dense formulation, about a minute
 	$(BIN)/python -m benchmarks.aggregation
+
+bench-worker: setup  ## a worker's training step against a bare PEFT loop, on the CPU, about two minutes
+	$(BIN)/python -m benchmarks.worker_step
+
+bench-round: setup  ## what of a federated round is not training, on the CPU, about a minute
+	$(BIN)/python -m benchmarks.worker_round
 
 load: setup  ## many and large clients against a real coordinator: memory, handles, patience (Linux, about ten minutes)
 	$(BIN)/python -m benchmarks.load.uploads
