@@ -31,7 +31,8 @@ _LAUNCHED = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_\w+|MASTER_ADDR|MASTER_PORT"
     r"|TORCHELASTIC_\w+|ACCELERATE_\w+|FSDP_\w+|MV2_COMM_WORLD_\w+|PMI_\w+|OMPI_COMM_WORLD_\w+)"
 )
-_SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+_SHARDED = "ACCELERATE_USE_FSDP"
+_FOREIGN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
 class Section(BaseModel):
@@ -101,7 +102,8 @@ class Launched:
     host: str  # where the group meets
     port: int
     has_store: bool  # the launcher itself serves the meeting place (torchrun); else the process of rank 0 does
-    is_sharded: bool  # accelerate was told to shard the model
+    is_sharded: bool  # accelerate was told to shard the model (FSDP)
+    is_foreign: bool  # or to leave it to DeepSpeed or Megatron
 
 
 def take_launch(environ: MutableMapping[str, str] | None = None) -> Launched:
@@ -118,13 +120,18 @@ def take_launch(environ: MutableMapping[str, str] | None = None) -> Launched:
             host=_first(environment, ("MASTER_ADDR",)),
             port=int(_first(environment, ("MASTER_PORT",))),
             has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            is_sharded=any(environment.get(name, "").lower() in {"true", "1"} for name in _SHARDED),
+            is_sharded=_is_on(environment, _SHARDED),
+            is_foreign=any(_is_on(environment, name) for name in _FOREIGN),
         )
     except ValueError as error:
         raise ConfigError(f"launch: the launcher set a variable of a group that is no number: {error}") from None
     for name in [name for name in environment if _LAUNCHED.fullmatch(name)]:
         del environment[name]
     return launched
+
+
+def _is_on(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "").lower() in {"true", "1"}
 
 
 def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> str:
@@ -170,6 +177,13 @@ def failpoints_plan(environ: Mapping[str, str] | None = None) -> str:
 def quiet_grpc_core() -> None:
     """Keeps gRPC's C core from writing its notices ("Got goaway") over a screen; call it before gRPC is imported."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
+def quiet_trackers() -> None:
+    """Keeps MLflow and Weights & Biases from telling their makers how they are used; call it before their import."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # of a run; it may hold a password
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

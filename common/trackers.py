@@ -3,12 +3,13 @@
 It never holds up, slows or breaks what it watches: what a library cannot take is told once in the log and dropped,
 and numbers that come faster than they can be handed on are dropped and counted. Nothing but the numbers, their steps
 and the settings named here is given to a library; what the libraries would add by themselves (the host's name, its
-load, the program's text, its output) is switched off where they let us.
+load, the program's text, its output) and what they would tell their makers is switched off where they let us.
 """
 
 import json
 import math
 import queue
+import re
 import secrets
 import threading
 import time
@@ -21,12 +22,18 @@ from urllib.parse import urlsplit
 import structlog
 
 from common.errors import ConfigError, RafloraError
+from common.settings import quiet_trackers
 from common.tracking import TrackingConfig
 from common.transfer import write_durably
 
 MAX_WAITING = 10_000  # notes, of a few numbers each
+MAX_NAMES = 1000  # of curves in all: who names metrics may not make ever new ones
+_MAX_BATCH = 500  # of MLflow's numbers in one call, which takes a thousand
 CLOSE_SECONDS = 20.0
 _RUNS = "tracking.json"
+_LONGEST_NAME = 200
+_STRANGE = re.compile(r"[^A-Za-z0-9_./ -]")
+_USER = re.compile(r"//[^/@\s]*@")
 _HOW_TO_INSTALL = 'pip install "raflora[tracking]"'
 
 log = structlog.get_logger()
@@ -68,7 +75,7 @@ def destinations(config: TrackingConfig) -> tuple[str, ...]:
 
 def leaves_this_machine(config: TrackingConfig) -> bool:
     """Whether anybody else may see the numbers."""
-    return bool(config.wandb) or urlsplit(config.mlflow).scheme in ("http", "https", "databricks")
+    return bool(config.wandb) or (bool(config.mlflow) and not _is_here(config.mlflow))
 
 
 def check_installed(config: TrackingConfig) -> None:
@@ -92,6 +99,7 @@ class Trackers:
         self._opening = tuple(open_sinks)
         self._waiting: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(MAX_WAITING)
         self.dropped = 0
+        self._names: set[str] = set()
         self._thread = threading.Thread(target=self._hand_on, name="tracking", daemon=True)
         if self._opening:
             self._thread.start()
@@ -111,13 +119,26 @@ class Trackers:
 
     def note(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a step, by name; what is not finite is left out."""
-        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
-        if not self._opening or not finite:
+        if not self._opening:
+            return
+        finite = {self._known(name): float(value) for name, value in values.items() if math.isfinite(value)}
+        finite.pop("", None)
+        if not finite:
             return
         try:
             self._waiting.put_nowait((step, finite))
         except queue.Full:
             self.dropped += 1
+
+    def _known(self, name: str) -> str:
+        """The name as every library takes it; empty for one too many."""
+        plain = _STRANGE.sub("_", name)[:_LONGEST_NAME].replace("..", "__").strip("/ ")
+        if plain not in self._names:
+            if len(self._names) >= MAX_NAMES:
+                self.dropped += 1
+                return ""
+            self._names.add(plain)
+        return plain
 
     def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
         """Waits for what is still to be handed on, but not for ever."""
@@ -149,7 +170,8 @@ class Trackers:
             act()
         except Exception as error:
             # The libraries raise what they like, the network's errors among it; the run must not notice.
-            log.warning("tracking has ended", library=name, why=f"{type(error).__name__}: {error}"[:500])
+            why = _USER.sub("//", f"{type(error).__name__}: {error}")[:500]
+            log.warning("tracking has ended", library=name, why=why)
             return False
         return True
 
@@ -184,7 +206,9 @@ class _MLflow:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         at = int(time.time() * 1000)
-        self._client.log_batch(self._run_id, metrics=[self._metric(*pair, at, step) for pair in values.items()])
+        metrics = [self._metric(*pair, at, step) for pair in values.items()]
+        for begin in range(0, len(metrics), _MAX_BATCH):
+            self._client.log_batch(self._run_id, metrics=metrics[begin : begin + _MAX_BATCH])
 
     def close(self) -> None:
         self._client.set_terminated(self._run_id)
@@ -227,6 +251,7 @@ def _load_tensorboard() -> tuple[Any, Any, Any]:
 
 
 def _load_mlflow() -> tuple[Any, Any, Any]:
+    quiet_trackers()
     from mlflow import MlflowClient  # noqa: PLC0415 - an extra, and seconds
     from mlflow.entities import Metric, Param  # noqa: PLC0415
 
@@ -234,9 +259,18 @@ def _load_mlflow() -> tuple[Any, Any, Any]:
 
 
 def _load_wandb() -> Any:
+    quiet_trackers()
     import wandb  # noqa: PLC0415 - an extra
 
     return wandb
+
+
+def _is_here(uri: str) -> bool:
+    """Whether an MLflow URI is of this machine: a path, a file or a SQLite database; everything else is a server."""
+    parts = urlsplit(uri)
+    if not parts.scheme:
+        return not uri.startswith("databricks")
+    return parts.scheme in ("file", "sqlite") and not parts.hostname
 
 
 def _runs_in(folder: Path) -> dict[str, str]:

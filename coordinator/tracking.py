@@ -60,7 +60,8 @@ def values_of_evaluation(record: RoundRecord) -> dict[str, float]:
     scores = scores_of(record)
     values = {**_under("federated", scores.federated.metrics), **_under("central", scores.central.metrics)}
     for rank, score in scores.by_rank:
-        values |= _under(f"federated_rank_{rank}", score.metrics)
+        if score.clients > 1:  # one client's own number is nobody's business here
+            values |= _under(f"federated_rank_{rank}", score.metrics)
     return values
 
 

@@ -1,8 +1,12 @@
 """Tracking with the libraries themselves: what they are given, what a restart goes on with, and that they may fail."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +16,7 @@ import pytest
 from structlog.testing import capture_logs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.trackers import MAX_WAITING, Run, Trackers, check_installed, destinations, leaves_this_machine
+from common.trackers import MAX_NAMES, MAX_WAITING, Run, Trackers, check_installed, destinations, leaves_this_machine
 from common.tracking import TrackingConfig
 
 SETTINGS = {"method": "raflora", "global_rank": "64"}
@@ -138,12 +142,69 @@ def test_wandb_keeps_the_numbers_and_nothing_of_the_machine(run: Run, monkeypatc
     trackers.close(60)
     (folder,) = (run.folder / "wandb").glob("offline-run-*")
     (kept,) = folder.glob("*.wandb")
-    content = kept.read_bytes()
-    assert b"ranks/rho" in content
+    content = _content_with(b"ranks/rho", kept)
     assert b"raflora" in content  # the settings
     for private in (str(Path.cwd()), str(run.folder.parent), "requirements.txt"):
         assert private.encode() not in content, private
     assert not [path for path in (folder / "files").rglob("*") if path.is_file()]  # the machine, packages, code
+
+
+def _content_with(wanted: bytes, path: Path) -> bytes:
+    """The file once the library's own process has written that much."""
+    deadline = time.monotonic() + 60
+    while wanted not in (content := path.read_bytes()):
+        assert time.monotonic() < deadline, content[:200]
+    return content
+
+
+# ---------------------------------------------------------------- nobody else is told
+
+ALONE = """
+import socket, sys
+from pathlib import Path
+asked = set()
+real = socket.getaddrinfo
+def getaddrinfo(host, *rest, **more):
+    asked.add(str(host))
+    if str(host) not in ("127.0.0.1", "localhost"):
+        raise OSError("no network")
+    return real(host, *rest, **more)
+socket.getaddrinfo = getaddrinfo
+from common.tracking import TrackingConfig
+from common.trackers import Run, Trackers
+folder = Path(sys.argv[1])
+trackers = Trackers.of(TrackingConfig(mlflow=sys.argv[2]), Run("clinics", "one", folder))
+trackers.note(1, {"ranks/rho": 0.5})
+trackers.close()
+print("asked:", sorted(asked))
+"""
+
+
+def test_the_libraries_tell_their_makers_nothing(run: Run, mlflow_server: MlflowServer) -> None:
+    # In a process of its own: within pytest, and where CI is set, MLflow is silent by itself.
+    root = str(Path(__file__).resolve().parents[2])
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(run.folder), mlflow_server.uri.replace("//", "//ada:geheim@")],
+        env={**kept, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["asked: ['127.0.0.1']"]  # nor is the run's address, with its password, printed
+    assert any(call == "runs/log-batch" for call, _ in mlflow_server.calls)
+
+
+def test_a_password_in_an_address_reaches_no_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as unused, capture_logs() as logged:
+        unused.bind(("127.0.0.1", 0))
+        trackers = Trackers.of(TrackingConfig(mlflow=f"http://ada:geheim@127.0.0.1:{unused.getsockname()[1]}"), run)
+        trackers.close()
+    assert [line["event"] for line in logged] == ["tracking has ended"]
+    assert "geheim" not in str(logged)
 
 
 # ---------------------------------------------------------------- whoever watches must not disturb
@@ -173,6 +234,30 @@ def test_a_library_that_hangs_holds_nobody_up_and_what_is_too_much_is_counted() 
         trackers.close(0.01)
     assert [line["event"] for line in logged] == ["tracking is incomplete"]
     sink.may_go_on.set()
+
+
+class _Names:
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        assert step >= 0
+        self.names |= values.keys()
+
+    def close(self) -> None: ...
+
+
+def test_names_are_made_such_as_every_library_takes_and_are_not_without_end() -> None:
+    sink = _Names()
+    trackers = Trackers([("names", lambda: sink)])
+    trackers.note(1, {"federated/acc@1 (top)=50%": 1.0, "../x": 1.0, "a" * 1000: 1.0})
+    for step in range(20):
+        trackers.note(step, {f"new {step}.{n}": 1.0 for n in range(100)})
+    with capture_logs():
+        trackers.close()
+    assert {"federated/acc_1 _top__50_", "__/x", "a" * 200} <= sink.names
+    assert len(sink.names) == MAX_NAMES
+    assert trackers.dropped == 2003 - MAX_NAMES
 
 
 def test_what_waits_is_handed_on_before_the_end() -> None:
@@ -211,6 +296,14 @@ def test_people_are_told_where_numbers_go_without_the_password() -> None:
         (TrackingConfig(), False),
         (TrackingConfig(tensorboard=Path("boards")), False),
         (TrackingConfig(mlflow="sqlite:///mlflow.db"), False),
+        (TrackingConfig(mlflow="runs/mlflow"), False),
+        (TrackingConfig(mlflow="file:///var/mlflow"), False),
+        (TrackingConfig(mlflow="file://server/share"), True),
+        (TrackingConfig(mlflow="databricks"), True),
+        (TrackingConfig(mlflow="databricks-uc"), True),
+        (TrackingConfig(mlflow="uc:https://example.org"), True),
+        (TrackingConfig(mlflow="postgresql://db.example.org/mlflow"), True),
+        (TrackingConfig(mlflow="mysql+pymysql://db.example.org/mlflow"), True),
         (TrackingConfig(mlflow="https://track.example.org"), True),
         (TrackingConfig(wandb="p"), True),
     ],
