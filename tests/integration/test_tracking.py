@@ -16,7 +16,7 @@ from worker.config import SitePolicy
 from worker.messages import Evaluation, TaskKind
 from worker.run import work as run_worker
 
-RANKS = {"ada": 4, "bob": 2}
+RANKS = {"ada": 4, "bob": 2, "eve": 2}
 
 
 def scalars_in(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -49,17 +49,18 @@ async def rounds(config: Any, until_round: int) -> None:
 
 async def test_a_coordinator_s_rounds_are_tracked_each_once_also_over_a_restart(tmp_path: Path) -> None:
     boards = tmp_path / "boards"
-    changes: dict[str, Any] = {"rounds__min_clients": 2, "rounds__num_rounds": 3, "rounds__evaluate_every": 1}
+    changes: dict[str, Any] = {"rounds__min_clients": 3, "rounds__num_rounds": 3, "rounds__evaluate_every": 1}
     config = config_of(tmp_path / "c", **changes, tracking={"tensorboard": str(boards), "run_name": "one"})
     await rounds(config, 2)
     await rounds(config, 3)
     found = scalars_in(boards / "one")
     assert [step for step, _ in found["ranks/rho"]] == [1, 2, 3]
-    assert found["round/updates"] == [(1, 2.0), (2, 2.0), (3, 2.0)]
+    assert found["round/updates"] == [(1, 3.0), (2, 3.0), (3, 3.0)]
     assert found["federated/accuracy"] == [(1, 0.25), (2, 0.5), (3, 0.75)]
     assert found["federated_rank_2/accuracy"] == found["federated/accuracy"]
+    assert not [name for name in found if name.startswith("federated_rank_4")]  # ada's own number
     assert {"energy/1-2", "energy/3-4", "round/received_bytes", "ranks/effective_rank"} <= found.keys()
-    assert not [name for name in found if "ada" in name or "bob" in name]
+    assert not [name for name in found if any(client in name for client in RANKS)]
 
 
 async def test_a_worker_s_tasks_are_tracked_on_one_axis(tmp_path: Path) -> None:
