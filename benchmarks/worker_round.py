@@ -23,13 +23,12 @@ from random import Random
 import torch
 from raflora.v1 import status_pb2
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.worker_models import SHAPES, save_model
 from benchmarks.worker_step import machine
-from cli.demo_federation import run_federation
-from cli.demo_screen import DemoScreen
-from cli.demo_setting import Files
+from cli.local_federation import Files, run_federation
+from cli.local_screen import LocalScreen
+from cli.tables import open_table
 from worker.trainer.quiet import silence_libraries
 
 RANKS = (8, 16, 32, 48, 64)
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
         files = prepared(Path(folder), given)
-        with DemoScreen(Console(stderr=True, markup=False, highlight=False)) as screen:
+        with LocalScreen(Console(stderr=True, markup=False, highlight=False)) as screen:
             story = asyncio.run(run_federation("raflora", files, screen))
     rows = [row_of(summary) for summary in story.rounds]
     _print(rows)
@@ -129,7 +128,7 @@ data = {{ train = "{folder}/train.jsonl", format = "text", max_length = {given.t
 
 
 def _print(rows: Sequence[Row]) -> None:
-    table = Table(box=None, pad_edge=False)
+    table = open_table()
     for name in ("round", "seconds", "training", "not training", "merging", "down MB", "up MB"):
         table.add_column(name, justify="right")
     for row in rows:

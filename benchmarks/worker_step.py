@@ -25,13 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from benchmarks.worker_models import SHAPES, save_model
+from cli.tables import open_table
 from common.adapter import initial_adapter
 from worker.config import DataConfig, ModelConfig, WorkerConfig
 from worker.trainer.dry_run import WARM_UP_STEPS, Bench, load_bench, measure
@@ -175,6 +174,8 @@ def _row(setting: Setting, bench: Bench, folder: Path, rank: int) -> Row:
 
 def bare_loop(setting: Setting, folder: Path, rank: int, bench: Bench) -> Callable[[int], float]:
     """A PEFT model of its own; the returned function trains so many steps and tells the median of one."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - after worker.trainer, which quietens what it imports
+
     model = get_peft_model(_base(setting, folder), LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -236,7 +237,7 @@ def _swap_seconds(bench: Bench, rank: int) -> float:
 
 
 def _print(rows: Sequence[Row]) -> None:
-    table = Table(box=None, pad_edge=False)
+    table = open_table()
     for name in ("base", "rank", "step ms", "tokens/s", "bare ms", "ours / bare", "peak MiB", "swap ms"):
         table.add_column(name, justify="right")
     for row in rows:

@@ -15,9 +15,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from cli.authority import hint
 from cli.output import Format
-from cli.words import human_bytes, plain
+from cli.words import plain
 from common.errors import ConfigError
 from common.settings import load_settings
+from common.sizes import human_bytes
 from coordinator.config import CoordinatorConfig
 from coordinator.stores.backup import JOURNAL_FILE, Backup, Source, back_up
 from coordinator.stores.backup import restore as restore_backup

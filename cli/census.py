@@ -1,20 +1,17 @@
 """The sites that a plan counts on: from words on a command line and from what `raflora probe` wrote."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from common.errors import ConfigError
-from common.settings import explained
 from coordinator.config import CoordinatorConfig
 from coordinator.federation.ranks import grant_rank
 from coordinator.federation.state import Measured, Profile, RankPolicy, Rules
+from coordinator.manifest import rules_of
 from coordinator.planning import MAX_SITES, Site
-from worker.measurement import FILE_NAME, Probe
+from worker.measurement import FILE_NAME, read_probe
 
 _GROUP = re.compile(r"([0-9]{1,4})x([0-9]{1,6})")
 _SITE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,99})=([0-9]{1,4})(?::([0-9]{1,12}))?")
@@ -70,7 +67,7 @@ def sites_of(config: CoordinatorConfig, census: Census) -> Counted:
         notes.append(
             "A site of unknown num_examples counts as the mean of the others: --examples or --site NAME=RANK:EXAMPLES."
         )
-    rules = _rules_of(config)
+    rules = rules_of(config)
     sites = tuple(_granted(rules, each, order) for order, each in enumerate(candidates))
     return Counted(sites, sites[: len(census.named_ones)], tuple(notes))
 
@@ -110,7 +107,9 @@ def _candidate(name: str, rank: int, examples: int | None) -> _Candidate:
 
 
 def _probed(name: str, path: Path, bounds: tuple[int, int | None] | None, examples: int | None) -> _Candidate:
-    probe = _read_probe(path)
+    probe = read_probe(path)
+    if probe is None:
+        raise ConfigError(f"--probe: there is no {path.absolute()}; give what `raflora probe` left at a site")
     found = probe.proposal
     if found is None:
         raise ConfigError(f"{path}: the probe found nothing that fits; a smaller model or a larger device is needed")
@@ -125,18 +124,6 @@ def _probed(name: str, path: Path, bounds: tuple[int, int | None] | None, exampl
         examples_per_second=probe.examples_per_second(rank),
     )
     return _Candidate(name, profile, examples is not None)
-
-
-def _read_probe(path: Path) -> Probe:
-    """As worker.measurement reads it, of a file with any name. Raises ConfigError."""
-    try:
-        return Probe.model_validate(json.loads(path.read_bytes()))
-    except OSError as error:
-        raise ConfigError(f"--probe: {path.absolute()} cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        raise ConfigError(f"--probe: {explained(error, str(path), Probe)}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--probe: {path} is not what `raflora probe` writes: {error}") from None
 
 
 def _name_of(path: Path) -> str:
@@ -167,22 +154,3 @@ def _assumed(config: CoordinatorConfig, examples: int | None) -> Iterator[_Candi
     for place in range(number):
         rank = levels[place % len(levels)] if by_level else config.adapter.global_rank
         yield _candidate(f"site-{place + 1}", rank, examples)
-
-
-def _rules_of(config: CoordinatorConfig) -> Rules:
-    rounds, ranks = config.rounds, config.ranks
-    return Rules(
-        num_rounds=rounds.num_rounds,
-        global_rank=config.adapter.global_rank,
-        seed=rounds.seed,
-        min_clients=rounds.min_clients,
-        fraction=rounds.fraction,
-        quorum=rounds.quorum,
-        round_deadline_seconds=rounds.round_deadline_seconds,
-        lease_ttl_seconds=rounds.lease_ttl_seconds,
-        evaluate_every=rounds.evaluate_every,
-        rank_policy=ranks.policy,
-        rank_table=tuple((rule.client, rule.rank) for rule in ranks.table),
-        rank_levels=ranks.levels,
-        memory_share=ranks.memory_share,
-    )

@@ -16,10 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cli.checks import Check, failed, ok, warning
-from cli.words import human_bytes
+from common.errors import ConfigError
+from common.sizes import human_bytes
 from common.transfer import is_disk_full
 from common.version import software_version
-from worker.config import DataConfig, ModelConfig
+from worker.config import DataConfig, LaunchConfig, ModelConfig
+from worker.launch import check_launch
 
 WORKER_PACKAGES = ("torch", "transformers", "peft")
 LITTLE_BYTES = 1 << 30
@@ -212,6 +214,16 @@ def check_device(config: ModelConfig, python: str = sys.executable) -> Check:
     if config.device.startswith("cuda"):
         return failed("device", f"{config.device} is set, but there is no GPU", 'set model.device = "auto" or "cpu"')
     return warning("device", f"no GPU (torch {torch}): training runs on the CPU", "fine for small models")
+
+
+def check_group(launch: LaunchConfig) -> Check:
+    """Whether the settings say, without contradiction, how a group of training processes is launched."""
+    try:
+        check_launch(launch)
+    except ConfigError as error:
+        return failed("launch", str(error), "docs/several-gpus.md says what can be set")
+    sharded = ", the base sharded over them" if launch.shard_base else ""
+    return ok("launch", f"a group of processes{sharded}; whether it starts shows only at the worker's start")
 
 
 def _said_by(command: list[str]) -> str:

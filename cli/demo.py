@@ -13,16 +13,15 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
-from rich.console import Console
 from rich.text import Text
 
-from cli.demo_federation import Story, run_federation
-from cli.demo_processes import output_of, until_told_to_end
 from cli.demo_results import Check, results_of, write_results
-from cli.demo_screen import DemoScreen, accuracy_table, energies, name_of
 from cli.demo_setting import Setting, forget_state, prepare, write_settings
 from cli.errors import ExitCode, Failed
-from cli.output import stdout_console
+from cli.local_federation import Story, run_federation
+from cli.local_processes import output_of, until_told_to_end
+from cli.local_screen import LocalScreen, accuracy_table, energies, name_of
+from cli.output import stderr_console, stdout_console
 from cli.words import human_seconds, percent
 from common.errors import ConfigError
 
@@ -57,8 +56,8 @@ async def demo(
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise ConfigError(f"raflora demo needs {', '.join(missing)}: pip install 'raflora[demo]'")
-    console = stdout_console() if format == "text" else _stderr_console()
-    with DemoScreen(console) as screen:
+    console = stdout_console() if format == "text" else stderr_console()
+    with LocalScreen(console) as screen:
         setting = Setting(out, rounds, seed)
         check = await until_told_to_end(
             run_demo(setting, Wishes(comparison, keep), screen),
@@ -71,7 +70,7 @@ async def demo(
     return ExitCode.OK if check.agrees else ExitCode.FAILED
 
 
-async def run_demo(setting: Setting, wishes: Wishes, screen: DemoScreen) -> Check:
+async def run_demo(setting: Setting, wishes: Wishes, screen: LocalScreen) -> Check:
     """The whole demonstration. Raises ConfigError, or Failed if a part of it does not do its work in time."""
     started = time.monotonic()
     prepare(setting)
@@ -107,7 +106,7 @@ def _introduction(setting: Setting) -> Sequence[str | Text]:
     )
 
 
-def _show_outcome(stories: Sequence[Story], check: Check, screen: DemoScreen) -> None:
+def _show_outcome(stories: Sequence[Story], check: Check, screen: LocalScreen) -> None:
     screen.title("Accuracy after the last round: each site's rank slice of the global adapter")
     screen.say(accuracy_table(stories), f"The base model alone names {percent(check.base_accuracy)}.")
     screen.title("Energy per rank partition after the last round")
@@ -134,7 +133,7 @@ def _comparison(ours: Story, rivals: Story) -> Sequence[str]:
     )
 
 
-async def _checked(setting: Setting, story: Story, screen: DemoScreen) -> Check:
+async def _checked(setting: Setting, story: Story, screen: LocalScreen) -> Check:
     """Loads the exported folder in a fresh process and compares with what the largest site measured."""
     screen.waiting("loading the exported adapter with PEFT in a fresh process")
     largest = [e for e in story.rounds[-1].evaluations if e.lora_rank == setting.global_rank]
@@ -154,7 +153,7 @@ async def _checked(setting: Setting, story: Story, screen: DemoScreen) -> Check:
     )
 
 
-def _show_adapter(setting: Setting, check: Check, screen: DemoScreen) -> None:
+def _show_adapter(setting: Setting, check: Check, screen: LocalScreen) -> None:
     screen.title(f"The adapter is a stock PEFT folder: {setting.adapter}")
     for line in check.load:
         screen.quote(f"  {line}")
@@ -165,7 +164,3 @@ def _show_adapter(setting: Setting, check: Check, screen: DemoScreen) -> None:
             f"digits;\nthe worker of rank {setting.global_rank} reported {percent(check.reported_accuracy)}: "
         ).append(verdict)
     )
-
-
-def _stderr_console() -> Console:
-    return Console(stderr=True, markup=False, highlight=False, emoji=False)

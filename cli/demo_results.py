@@ -14,8 +14,8 @@ from typing import Any
 
 from raflora.v1 import status_pb2
 
-from cli.demo_federation import Story
 from cli.demo_setting import Setting
+from cli.local_federation import Story
 
 _LIBRARIES = ("raflora", "torch", "transformers", "peft", "grpcio", "numpy", "scikit-learn")
 

@@ -5,10 +5,10 @@ Everything is written below one folder, so that a reader can look at it, and sta
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cli.local_federation import Files
 from common.errors import ConfigError
 from simulation import digits
 
@@ -64,16 +64,6 @@ class Setting:
     def train_data(self, site: Site) -> Path:
         """What one worker alone sees."""
         return self.folder / "data" / f"{site.name}.jsonl"
-
-
-@dataclass(frozen=True)
-class Files:
-    """One federation's folder: for each process NAME.toml, NAME.log and NAME-state/."""
-
-    folder: Path
-    coordinator: Path  # its settings file
-    workers: Mapping[str, Path]  # theirs, by name
-    coordinator_overrides: tuple[str, ...] = ()  # KEY=VALUE, on top of its file
 
 
 def prepare(setting: Setting) -> None:

@@ -15,7 +15,15 @@ from rich.text import Text
 
 from cli.checks import Check, Verdict, as_json, failed, ok, warning, worst
 from cli.checks_coordinator import check_coordinator
-from cli.checks_machine import check_data, check_device, check_disk, check_model, check_private, check_versions
+from cli.checks_machine import (
+    check_data,
+    check_device,
+    check_disk,
+    check_group,
+    check_model,
+    check_private,
+    check_versions,
+)
 from cli.checks_network import (
     Target,
     bad_token,
@@ -27,6 +35,7 @@ from cli.checks_network import (
 from cli.connection import Connection
 from cli.errors import ExitCode
 from cli.output import Format, print_screen
+from cli.tables import open_table
 from common.errors import BadJoinToken, ConfigError
 from common.logs import set_up_logs
 from common.settings import load_settings
@@ -165,6 +174,8 @@ def _site(config: WorkerConfig) -> Iterator[Check]:
     yield check_model(config.model)
     yield from check_data(config.data)
     yield check_device(config.model)
+    if config.launch.is_group or config.launch.shard_base:
+        yield check_group(config.launch)
 
 
 def _role_of(config: Path | None) -> Role:
@@ -183,7 +194,7 @@ def _role_of(config: Path | None) -> Role:
 
 
 def _screen(checks: list[Check]) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = open_table(shows_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

@@ -9,9 +9,11 @@ from raflora.v1 import status_pb2
 from rich.table import Table
 from rich.text import Text
 
+from cli.tables import open_table
 from cli.words import NOTHING, counted, decimals, percent, plain
 
-_SHARES = ("accuracy", "exact_match")  # between 0 and 1; the first of them that was measured is the headline
+_SHARES = frozenset({"accuracy", "accuracy_norm", "exact_match", "token_accuracy"})  # between 0 and 1
+_HEADLINES = ("accuracy", "exact_match")  # the first of them that was measured
 _LOSS = "eval_loss"
 _MOST_LEVELS = 8  # of ranks in one line
 
@@ -34,7 +36,7 @@ def eval_loss(summary: status_pb2.RoundSummary) -> str:
 
 
 def value_of(metrics: Mapping[str, float], name: str) -> str:
-    """One metric as people read it; "-" if it was not measured."""
+    """One metric as people read it, wherever they do: a share in percent, else decimals; "-" if it was not measured."""
     if name not in metrics:
         return NOTHING
     return percent(metrics[name]) if name in _SHARES else decimals(metrics[name])
@@ -73,7 +75,7 @@ def evaluations_table(summaries: Iterable[status_pb2.RoundSummary]) -> Table | N
     evaluated = [summary for summary in summaries if summary.evaluations]
     if not any(len(s.rank_levels) > 1 or s.central_metrics for s in evaluated):
         return None
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = open_table()
     for heading in ("evaluated", "federated", "loss"):
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("by rank", "central"):
@@ -93,7 +95,7 @@ def evaluations_table(summaries: Iterable[status_pb2.RoundSummary]) -> Table | N
 def _common_name(levels: Sequence[status_pb2.RankLevelSummary]) -> str:
     """What the ranks are compared in: a share of right answers if one was measured, else the loss."""
     told = {name for level in levels for name in level.metrics}
-    return next((name for name in _SHARES if name in told), _LOSS)
+    return next((name for name in _HEADLINES if name in told), _LOSS)
 
 
 def _levels(levels: Sequence[status_pb2.RankLevelSummary], name: str) -> str:
@@ -108,4 +110,4 @@ def _all_of(metrics: Mapping[str, float]) -> str:
 
 
 def _share_in(metrics: Mapping[str, float]) -> str:
-    return next((name for name in _SHARES if name in metrics), "")
+    return next((name for name in _HEADLINES if name in metrics), "")

@@ -3,6 +3,7 @@
 Only --merged needs torch. What is asked of the coordinator is what any observer may ask.
 """
 
+import json
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -22,6 +23,7 @@ from cli.export_folder import files_in, free_folder, staged
 from cli.export_hub import check_can_push, push
 from cli.export_loading import FEATURES, Place, loading_lines
 from cli.export_origin import Origin, origin_of, read_origin, write_origin
+from cli.export_report import Made, Use, as_json, lines_of
 from cli.export_vllm import (
     ACCEPTED_RANKS,
     accepted_rank,
@@ -31,8 +33,9 @@ from cli.export_vllm import (
     serve_merged_lines,
     warnings_for,
 )
+from cli.output import Format
 from cli.rounds import list_rounds
-from cli.words import human_bytes, plain
+from cli.words import plain
 from common.adapter import Adapter, Factors
 from common.errors import AdapterMismatch, ConfigError, WrongRank
 from common.version import software_version
@@ -97,22 +100,23 @@ class Published:
 
 
 async def export(
-    folder: Path,
+    folder: Annotated[Path, Parameter(help="Where the weights, a model card and raflora.json go: a new folder.")],
     /,
     *,
     form: Form = Form(),
-    best: bool = False,
-    from_: Annotated[Path | None, Parameter(name="--from")] = None,
+    best: Annotated[bool, Parameter(help="The best adapter so far instead of the newest.")] = False,
+    from_: Annotated[
+        Path | None, Parameter(name="--from", help="A folder that was exported before, instead of a coordinator.")
+    ] = None,
     base: Base = Base(),
     hub: Hub = Hub(),
-    overwrite: bool = False,
+    overwrite: Annotated[bool, Parameter(help="Write into FOLDER although it holds files; others' stay.")] = False,
+    format: Annotated[Format, Parameter(help="What is printed.")] = "table",
     connection: Connection = Connection(),
 ) -> None:
     """Writes the published adapter into FOLDER, so that `PeftModel.from_pretrained(base, FOLDER)` loads it.
 
-    --best takes the best adapter instead of the newest, --from one that was exported before, without a coordinator.
-    --overwrite writes into a folder that holds files. A download that breaks off goes on where it was when the
-    command is run again. docs/export.md shows each kind.
+    A download that breaks off goes on where it was when the command is run again. docs/export.md shows each kind.
     """
     _check_flags(form, best=best, from_=from_, base=base, hub=hub)
     folder = free_folder(folder, overwrite=overwrite)
@@ -126,9 +130,14 @@ async def export(
         write_origin(staging, published.origin)
         (staging / CARD_FILE).write_text(card_of(published.origin, edition), encoding="utf-8")
         files = files_in(staging)
-    _tell(folder, published, edition, form, base)
-    if hub.push_to is not None:
-        print(f"uploaded to {push(folder, files, hub.push_to, private=hub.private)}")
+    made = Made(folder, files, published.origin, edition, _use(folder, published.origin, edition, form, base))
+    if format == "table":
+        print("\n".join(lines_of(made)))
+    pushed = None if hub.push_to is None else push(folder, files, hub.push_to, private=hub.private)
+    if format == "json":
+        print(json.dumps({**as_json(made), "uploaded_to": pushed}, indent=2, allow_nan=False))
+    elif pushed is not None:
+        print(f"uploaded to {pushed}")
 
 
 def _check_flags(form: Form, *, best: bool, from_: Path | None, base: Base, hub: Hub) -> None:
@@ -261,28 +270,16 @@ def _merge(peft: Path, into: Path, origin: Origin, base: Base) -> str:
     return dtype
 
 
-def _tell(folder: Path, published: Published, edition: Edition, form: Form, base: Base) -> None:
-    """What was made, and how to use it."""
-    origin = published.origin
-    padded = "" if edition.written_rank == edition.rank else f", padded to {edition.written_rank}"
-    size = human_bytes(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
-    what = f"merged, {edition.dtype}, {size}" if form.merged else size
-    print(f"{folder}: round {origin.round}, rank {edition.rank}{padded}, {what}")
-    print(f"trained on {plain(origin.base_model)}, weights sha256 {plain(origin.base_model_digest)}")
+def _use(folder: Path, origin: Origin, edition: Edition, form: Form, base: Base) -> Use:
+    """How the folder is loaded and served."""
     here = replace(edition.place, where=str(folder), base_model=base.model or origin.base_model)
-    for line in loading_lines(origin, here):
-        print(f"  {line}")
-    if form.for_ == "vllm":
-        served_base = base.model or origin.base_model
-        lines = (
-            serve_merged_lines(str(folder))
-            if form.merged
-            else [
-                *warnings_for(origin),
-                *serve_lines(folder.name, plain(served_base), str(folder), edition.written_rank),
-            ]
-        )
-        print("\n".join(lines))
+    load = tuple(loading_lines(origin, here))
+    if form.for_ != "vllm":
+        return Use(load)
+    if form.merged:
+        return Use(load, tuple(serve_merged_lines(str(folder))))
+    serve = serve_lines(folder.name, plain(here.base_model), str(folder), edition.written_rank)
+    return Use(load, tuple(serve), tuple(warnings_for(origin)))
 
 
 def _digest_of_file(path: Path) -> str:

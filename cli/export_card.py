@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 
+from cli.evaluation_screen import value_of
 from cli.export_loading import Place, loading_lines
 from cli.export_origin import Level, Origin
 from cli.words import counted, plain
@@ -143,7 +144,8 @@ def _evaluation(origin: Origin) -> Iterator[str]:
         yield from _levels_table(measured.levels)
     if best is not None:
         is_this = "this adapter's" if best.round == origin.round else f"round {best.round}'s"
-        yield f"The best so far is {is_this}: {escaped(best.metric)} {best.value:.4g} ({escaped(best.source)})."
+        value = value_of({best.metric: best.value}, best.metric)
+        yield f"The best so far is {is_this}: {escaped(best.metric)} {value} ({escaped(best.source)})."
         yield ""
 
 
@@ -209,7 +211,7 @@ def _digest(digest: str) -> str:
 
 
 def _values(metrics: Mapping[str, float], names: Sequence[str]) -> list[str]:
-    return [f"{metrics[name]:.4g}" if name in metrics else "" for name in names]
+    return [value_of(metrics, name) if name in metrics else "" for name in names]
 
 
 def _head(*names: str) -> Iterator[str]:

@@ -41,7 +41,7 @@ _SET_UP = Group.create_ordered("Set up")
 
 # One line a verb; its help is its docstring.
 app.command("cli.demo:demo", group=_RUN)
-app.command("cli.local:local", group=_RUN)
+app.command("cli.local:local", group=_RUN, usage="Usage: raflora local FEDERATION WORKERS... [OPTIONS]")
 app.command("cli.simulate:simulate", group=_RUN)
 app.command("cli.compare:compare", group=_RUN)
 app.command("cli.coordinator:coordinator", group=_RUN)

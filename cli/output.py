@@ -20,6 +20,11 @@ def stdout_console() -> Console:
     return console
 
 
+def stderr_console() -> Console:
+    """The console for screens beside a result that goes to standard output."""
+    return Console(stderr=True, markup=False, highlight=False, emoji=False)
+
+
 def print_screen(screen: RenderableType) -> None:
     """Prints one screen."""
     stdout_console().print(screen)

@@ -23,8 +23,10 @@ from coordinator.config import CoordinatorConfig
 from coordinator.footprint import DTYPE_BYTES, BaseFacts, StepSetting
 from coordinator.founding import read_spec
 from coordinator.planning import Links, Question, plan_federation
+from worker.config import ModelConfig, WorkerConfig
 
 _LANGUAGE_MODEL = "causal-lm"
+_MAX_LENGTH = 256  # a worker's own default
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit"]
@@ -33,18 +35,20 @@ Quantization = Literal["none", "8bit", "4bit"]
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Step:
-    """How the sites train, as their worker.toml will have it."""
+    """How the sites train, as their worker.toml will have it; each of these has precedence over that file."""
 
+    worker: Path | None = None
+    """A site's worker.toml, of which only what decides about memory is read."""
     micro_batch: PositiveInt | None = None
-    """Examples at one time, as a worker's batch_size; else training.batch_size."""
-    max_length: PositiveInt = 256
-    """Tokens of an example, as a worker's data.max_length."""
+    """Examples at one time, as a worker's batch_size; unset: training.batch_size."""
+    max_length: PositiveInt | None = None
+    """Tokens of an example, as a worker's data.max_length; unset: 256."""
     dtype: Dtype | None = None
-    """Of the frozen weights; else the checkpoint's."""
-    quantization: Quantization = "none"
-    """Of the frozen weights."""
-    gradient_checkpointing: bool = False
-    """Less memory for activations, more time."""
+    """Number format of the frozen weights in memory; unset: the checkpoint's, or bfloat16 beside quantised ones."""
+    quantization: Quantization | None = None
+    """How the frozen weights are quantised in memory; unset: not at all."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations instead of keeping them: less memory, more time."""
 
 
 @Parameter(name="*")
@@ -64,13 +68,18 @@ def plan(
     *,
     sites: Annotated[str, Parameter(help="RANKxCOUNT, separated by commas: 8x5,16x3,64x1.")] = "",
     site: Annotated[
-        tuple[str, ...], Parameter(help="NAME=RANK or NAME=RANK:EXAMPLES; repeatable. A probed site: its bounds.")
+        tuple[str, ...],
+        Parameter(
+            help="NAME=RANK or NAME=RANK:EXAMPLES; repeatable. For a site with --probe, RANK is its largest rank."
+        ),
     ] = (),
     probe: Annotated[
         tuple[Path, ...],
         Parameter(consume_multiple=True, help="What `raflora probe` wrote at a site; the folder is the site's name."),
     ] = (),
-    examples: Annotated[PositiveInt | None, Parameter(help="Of each site that --site gives none for.")] = None,
+    examples: Annotated[
+        PositiveInt | None, Parameter(help="Training examples of each site for which --site gives none.")
+    ] = None,
     model: Annotated[str, Parameter(help="A folder or hub id, if adapter.spec is unset: reads config.json only.")] = "",
     step: Step = Step(),
     links: Bandwidth = Bandwidth(),
@@ -103,12 +112,21 @@ def plan(
 
 
 def _setting_of(config: CoordinatorConfig, base: BaseFacts, step: Step) -> StepSetting:
+    # What overrides the settings of a coordinator or worker here is not meant for that site's.
+    worker = None if step.worker is None else load_settings(WorkerConfig, step.worker, environ={})
+    quantization: str = step.quantization or (worker.model.quantization if worker else "none")
+    dtype: str = step.dtype or (worker.model.dtype if worker else "auto")
+    if dtype == "auto":
+        dtype = base.dtype if base.dtype in DTYPE_BYTES and quantization == "none" else "bfloat16"
+    checkpoints = step.gradient_checkpointing
+    if checkpoints is None:
+        checkpoints = worker is not None and worker.model.gradient_checkpointing
     return StepSetting(
-        micro_batch=step.micro_batch or config.training.batch_size,
-        tokens=step.max_length,
-        dtype=step.dtype or (base.dtype if base.dtype in DTYPE_BYTES else "bfloat16"),
-        quantization=step.quantization,
-        checkpoints_gradients=step.gradient_checkpointing,
+        micro_batch=step.micro_batch or (worker and worker.batch_size) or config.training.batch_size,
+        tokens=step.max_length or (worker.data.max_length if worker else _MAX_LENGTH),
+        dtype=dtype,
+        quantization=quantization,
+        checkpoints_gradients=checkpoints,
         is_language_model=config.model.task == _LANGUAGE_MODEL,
         freezes_lora_A=make_method(config.aggregation.options).freezes_lora_A,
     )
@@ -141,7 +159,6 @@ def _shapes_of_model(config: CoordinatorConfig, model: str, *, offline: bool) ->
             '--model needs torch and transformers (pip install "raflora[worker]"); without them run `raflora spec` '
             "where they are, and set adapter.spec"
         )
-    from worker.config import ModelConfig  # noqa: PLC0415 - the plan of a spec file needs no worker
     from worker.trainer.quiet import silence_libraries  # noqa: PLC0415
     from worker.trainer.shapes import shapes_of  # noqa: PLC0415 - torch takes seconds and may not be installed
     from worker.trainer_protocol import ModelOrder  # noqa: PLC0415

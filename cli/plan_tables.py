@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.words import NOTHING, counted, human_seconds, percent, plain, rank_range
+from common.sizes import human_bytes
 from coordinator.footprint import FRAMEWORK_BYTES
 from coordinator.planning import FederationPlan, LevelPlan, Partition, Question, Site
 
@@ -170,7 +171,7 @@ def _levels_table(levels: Sequence[LevelPlan], assumed: Assumed) -> Table:
     table.add_column("rank")
     for level in levels:
         table.add_column(str(level.rank), justify="right", no_wrap=True)
-    table.add_column("figures are", no_wrap=True)
+    table.add_column("basis", no_wrap=True)
     for row in _rows(assumed):
         cells = [row.cell(level) for level in levels]
         if any(cell != NOTHING for cell in cells):
@@ -203,7 +204,7 @@ def _totals_table(plan: FederationPlan, num_rounds: int) -> Table:
     table.add_column("through the coordinator")
     for heading in ("a round", f"all {num_rounds}" if num_rounds > 1 else "all"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("figures are", no_wrap=True)
+    table.add_column("basis", no_wrap=True)
     traffic = plan.traffic
     bytes_are = EXACT if traffic.is_exact else ESTIMATED
     seconds = plan.round_seconds
@@ -276,11 +277,7 @@ def _beside(level: LevelPlan) -> str:
 
 
 def _size(size_bytes: int) -> str:
-    """Decimal, as links and cards are sold: 9.2 MB, 24.0 GB."""
-    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size_bytes >= unit:
-            return f"{size_bytes / unit:.1f} {name}"
-    return f"{size_bytes} B" if size_bytes else NOTHING
+    return human_bytes(size_bytes) if size_bytes else NOTHING
 
 
 def _millions(number: int) -> str:

@@ -12,7 +12,7 @@ from cyclopts.types import PositiveFloat, PositiveInt
 
 from cli.errors import ExitCode, Failed
 from cli.output import Format, print_screen
-from cli.probe_federation import Asked, asked_by_coordinator, asked_in
+from cli.probe_federation import asked_by_coordinator, asked_in
 from cli.probe_screen import ProbeScreen, Report, as_json, screen_of
 from common.errors import BaseModelMismatch, ConfigError
 from common.logs import set_up_logs
@@ -28,6 +28,7 @@ from worker.supervisor import TaskFailed, TrainerDied, TrainerProcess
 from worker.trainer_protocol import DryRun, DryRunDone, ModelOrder
 
 MIN_STEPS = 3  # two of them are warm-up
+DEFAULT_MEMORY_SHARE = 0.9  # if a coordinator does not tell its own
 _QUANTIZATIONS: tuple[Quantization, ...] = ("none", "8bit", "4bit")
 
 Choice = TypeVar("Choice")
@@ -39,11 +40,11 @@ class Measuring:
     """What is measured, and against which bound."""
 
     levels: str = ""
-    """Ranks to choose from, as in 8,16,32,64; unset: the federation's levels, or powers of two to its global rank."""
+    """Ranks to choose from, as in 8,16,32,64; unset: the operator's levels, or powers of two up to the global rank."""
     batch_size: PositiveInt | None = None
     """Examples an optimizer step; unset: the federation's."""
     memory_share: PositiveFloat | None = None
-    """Of the device's memory that a step may take; unset: the federation's, or 0.9."""
+    """Of the device's memory that a step may take; unset: the operator's ranks.memory_share."""
     steps: int = 5
     """Training steps a measurement; the first two are warm-up."""
 
@@ -69,14 +70,14 @@ async def probe(
     set_up_logs("text", "warning")
     settings = with_policy_file(settings)
     with holding(settings.state_dir):
-        asked = asked_in(federation) if federation else await asked_by_coordinator(settings, timeout_seconds)
-        forms.check_welcome(asked.welcome)
-        policy.check_welcome(settings.policy, asked.welcome)
-        question = _question(settings, asked, measuring)
+        welcome = asked_in(federation) if federation else await asked_by_coordinator(settings, timeout_seconds)
+        forms.check_welcome(welcome)
+        policy.check_welcome(settings.policy, welcome)
+        question = _question(settings, welcome, measuring)
         with ProbeScreen() as screen:
             trainer = TrainerProcess(settings.policy.max_task_seconds)
-            answer = await measured(Bench(settings, asked.welcome, measuring.steps, trainer), question, screen)
-        found = Report(settings, question, answer, _kept(settings, asked.welcome, question, answer))
+            answer = await measured(Bench(settings, welcome, measuring.steps, trainer), question, screen)
+        found = Report(settings, question, answer, _kept(settings, welcome, question, answer))
     if format == "json":
         print(json.dumps(as_json(found), indent=2))
     else:
@@ -92,21 +93,26 @@ def _check(settings: WorkerConfig, measuring: Measuring) -> None:
         raise ConfigError(f"--memory-share {measuring.memory_share:g}: a share of the memory, so at most 1")
     if settings.evaluator:
         raise ConfigError("evaluator = true: an evaluator trains nothing, so there is no rank to propose")
+    if settings.launch.shard_base:
+        raise ConfigError(
+            "launch.shard_base: the probe measures one process with the whole base, which is not what will train; "
+            "set rank and batch_size in worker.toml by hand, small ones first"
+        )
     if find_spec("torch") is None or find_spec("peft") is None:
         raise Failed('`raflora probe` needs torch and peft; install them with: pip install "raflora[worker]"')
 
 
-def _question(settings: WorkerConfig, asked: Asked, measuring: Measuring) -> Question:
-    batch_size = measuring.batch_size or asked.welcome.batch_size
+def _question(settings: WorkerConfig, welcome: Welcome, measuring: Measuring) -> Question:
+    batch_size = measuring.batch_size or welcome.batch_size
     if not batch_size:
         raise ConfigError("the coordinator is of a version that does not tell its batch size; give --batch-size N")
     return Question(
-        levels=_levels(settings, asked, measuring.levels),
+        levels=_levels(settings, welcome, measuring.levels),
         batch_size=_share_of_one_process(batch_size, settings.launch.processes),
         memory_batch=settings.batch_size,
         quantizations=_open(settings, "quantization", _QUANTIZATIONS, settings.model.quantization),
         checkpointings=_open(settings, "gradient_checkpointing", (False, True), settings.model.gradient_checkpointing),
-        memory_share=measuring.memory_share or asked.memory_share,
+        memory_share=measuring.memory_share or welcome.memory_share or DEFAULT_MEMORY_SHARE,
     )
 
 
@@ -120,11 +126,11 @@ def _open(settings: WorkerConfig, key: str, choices: tuple[Choice, ...], chosen:
     return (chosen,) if key in settings.model.model_fields_set else choices
 
 
-def _levels(settings: WorkerConfig, asked: Asked, wanted: str) -> tuple[int, ...]:
+def _levels(settings: WorkerConfig, welcome: Welcome, wanted: str) -> tuple[int, ...]:
     """The ranks to choose from, ascending, within what the federation and the site allow. Raises ConfigError."""
-    most = min(asked.welcome.model.global_rank, settings.policy.max_rank)
+    most = min(welcome.model.global_rank, settings.policy.max_rank)
     if not wanted:
-        levels = asked.levels or default_levels(most)
+        levels = welcome.rank_levels or default_levels(most)
     else:
         try:
             levels = tuple(sorted({int(level) for level in wanted.split(",")}))
@@ -136,10 +142,10 @@ def _levels(settings: WorkerConfig, asked: Asked, wanted: str) -> tuple[int, ...
     if not allowed:
         raise ConfigError(
             f"levels {list(levels)}: none is from 1 to {most} (the federation's global rank is "
-            f"{asked.welcome.model.global_rank}, this site's policy.max_rank {settings.policy.max_rank})"
+            f"{welcome.model.global_rank}, this site's policy.max_rank {settings.policy.max_rank})"
         )
     if len(allowed) > MAX_LEVELS:
-        raise ConfigError(f"levels: {len(allowed)} of them; at most {MAX_LEVELS} are measured")
+        raise ConfigError(f"levels: {len(allowed)} of them; at most {MAX_LEVELS} are measured; choose with --levels")
     return allowed
 
 

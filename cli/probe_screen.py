@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from cli.words import NOTHING, counted, human_bytes, percent, plain
+from cli.words import NOTHING, counted, percent, plain
+from common.sizes import human_bytes
 from worker.config import WorkerConfig
 from worker.measurement import FILE_NAME, Attempt, Measurement, Probe, Proposal, setting_of
 from worker.proposal import Answer, Question
@@ -171,10 +172,11 @@ def _advice(found: Report) -> Iterator[str]:
         yield from _when_nothing_fits(found)
         return
     deviation = f", between them off by at most {percent(proposal.line.deviation)}" if proposal.line.deviation else ""
-    yield (
-        f"proposal: {name_of(proposal)}; {human_bytes(proposal.line.base_bytes)} and "
-        f"{human_bytes(proposal.line.bytes_per_rank)} more for every rank{deviation}"
-    )
+    if _is_noise(found, proposal):
+        more = ", and what one more rank takes is below what this measurement can tell"
+    else:
+        more = f" and {human_bytes(proposal.line.bytes_per_rank)} more for every rank{deviation}"
+    yield f"proposal: {name_of(proposal)}; {human_bytes(proposal.line.base_bytes)}{more}"
     if found.settings.launch.is_group:
         yield "measured: one process of the group on one GPU; what FSDP or DeepSpeed saves by sharding is not counted"
     for setting in _to_set(found.settings, proposal):
@@ -183,6 +185,14 @@ def _advice(found: Report) -> Iterator[str]:
         f"written to {found.settings.state_dir / FILE_NAME}; a worker with rank = 0 takes rank {proposal.lora_rank} "
         "from it at its next start"
     )
+
+
+def _is_noise(found: Report, proposal: Proposal) -> bool:
+    """Whether memory grew over all measured ranks by no more than the line is off between them."""
+    line = proposal.line
+    ranks = [m.lora_rank for m in found.answer.measurements if setting_of(m) == setting_of(proposal)]
+    grown = line.bytes_per_rank * (max(ranks) - min(ranks)) if ranks else 0
+    return grown <= line.deviation * line.peak_bytes(max(ranks, default=0))
 
 
 def _to_set(settings: WorkerConfig, proposal: Proposal) -> Iterator[str]:

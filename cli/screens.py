@@ -1,7 +1,7 @@
 """The federation as a person sees it: from status messages to rich renderables.
 
 Pure functions; nothing here prints, reads a clock or knows a connection. Strings from the wire always pass `plain`.
-The command line and the demonstration share them.
+All verbs share them.
 """
 
 import math
@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.evaluation_screen import best_line, eval_loss, evaluation_lines, headline
-from cli.words import NOTHING, counted, decimals, human_bytes, human_seconds, percent, plain, rank_range
+from cli.tables import open_table
+from cli.words import NOTHING, counted, decimals, human_seconds, percent, plain, rank_range
+from common.sizes import human_bytes
 
 BAR_WIDTH = 40
 _STEPS_WIDTH = 16
@@ -277,7 +279,7 @@ def _granted_by(rank_reason: str) -> str:
 
 def _table(*headings: str) -> Table:
     """An open table; a heading that begins with > is a column of numbers."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = open_table()
     for heading in headings:
         numbers = heading.startswith(">")
         table.add_column(heading.removeprefix(">"), justify="right" if numbers else "left", no_wrap=numbers)

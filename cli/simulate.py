@@ -25,6 +25,7 @@ from cli.experiments import (
     rough_seconds,
 )
 from cli.output import print_screen, stdout_console
+from cli.tables import open_table
 from cli.words import counted
 from common.errors import ConfigError
 
@@ -184,7 +185,7 @@ def _roughly(seconds: float) -> str:
 
 
 def _built_in() -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 1, 0))
+    table = open_table(below=1)
     table.add_column("experiment", no_wrap=True)
     table.add_column("what it is")
     table.add_column("runs", justify="right")

@@ -7,10 +7,11 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.table import Table
 from rich.text import Text
 
-from cli.words import human_bytes, plain
+from cli.tables import GAP, open_table
+from cli.words import plain
+from common.sizes import human_bytes
 from simulation.experiment import ExperimentConfig
 from simulation.report.findings import findings_of
 from simulation.report.stages import Group as ArmGroup
@@ -21,7 +22,6 @@ from simulation.runner import Outcome, missing_runs, name_of
 from simulation.schedule import BEST
 
 _MOST_FINDINGS = 12  # lines on a screen; the page has them all
-_GAP = 2  # columns between two cells
 # What goes first where a terminal is narrow; the arm, its accuracies and its runs stay.
 _FIRST_TO_GO = ("effective rank", "rho", "down", "above r1", "own over", "over")
 
@@ -67,11 +67,11 @@ class ArmsTable:
         columns = _columns(self.group)
         left_out = []
         for name in _FIRST_TO_GO:
-            if sum(each.width + _GAP for each in columns) - _GAP <= options.max_width:
+            if sum(each.width + GAP for each in columns) - GAP <= options.max_width:
                 break
             left_out += [each.heading for each in columns if each.name == name]
             columns = [each for each in columns if each.name != name]
-        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, _GAP, 0, 0))
+        table = open_table()
         for each in columns:
             is_arm = each.name == "arm"
             table.add_column(

@@ -19,21 +19,27 @@ _SEED = 0  # shapes do not depend on it
 
 
 def spec(
-    model: str,
+    model: Annotated[str, Parameter(help="A local folder or a hub id.")],
     /,
     *,
-    target_modules: Annotated[tuple[str, ...], Parameter(consume_multiple=True)],
-    task: str,
-    modules_to_save: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
-    labels: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
-    revision: str | None = None,
-    offline: bool = False,
-    out: Path | None = None,
+    target_modules: Annotated[
+        tuple[str, ...], Parameter(consume_multiple=True, help="The layers that get LoRA, as adapter.target_modules.")
+    ],
+    task: Annotated[str, Parameter(help="What the model is for, as model.task: causal-lm, image-classification, ...")],
+    modules_to_save: Annotated[
+        tuple[str, ...], Parameter(consume_multiple=True, help="Layers trained whole, as adapter.modules_to_save.")
+    ] = (),
+    labels: Annotated[
+        tuple[str, ...],
+        Parameter(consume_multiple=True, help="The classes, if the head is trained: it has their number."),
+    ] = (),
+    revision: Annotated[str | None, Parameter(help="A hub commit of the model.")] = None,
+    offline: Annotated[bool, Parameter(help="Touch no network for the model.")] = False,
+    out: Annotated[Path | None, Parameter(help="A file for the JSON, instead of standard output.")] = None,
 ) -> None:
-    """Describes MODEL (a local folder or a hub id): the digest of its weights, adapted modules, shapes.
+    """Describes MODEL: the digest of its weights, adapted modules, shapes.
 
-    The coordinator's settings take the file, so that no worker has to be trusted with it. Give --labels if the
-    head is trained (--modules-to-save): their number decides its shape.
+    The coordinator's settings take the file (adapter.spec), so that no worker has to be trusted with it.
     """
     if find_spec("torch") is None or find_spec("peft") is None:
         raise Failed('`raflora spec` needs torch and peft; install them with: pip install "raflora[worker]"')

@@ -1,4 +1,4 @@
-"""Numbers and remote strings as people read them: bytes, seconds, shares, names.
+"""Numbers and remote strings as people read them: seconds, shares, names.
 
 Pure functions from a value to a string; nothing here knows a terminal.
 """
@@ -9,22 +9,12 @@ from common.moments import DAY_SECONDS
 
 NOTHING = "-"  # a value that does not exist (an accuracy that nobody measured)
 
-_KIBI = 1024
-_BYTE_UNITS = ("KiB", "MiB", "GiB", "TiB")
 _MINUTE, _HOUR, _DAY = 60.0, 3600.0, DAY_SECONDS
 
 
 def plain(text: str) -> str:
     """The text on one line without control characters: a client's name must not steer the operator's terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def human_bytes(size_bytes: int) -> str:
-    """1536 -> "1.5 KiB"."""
-    if size_bytes < _KIBI:
-        return f"{size_bytes} B"
-    power = min(int(math.log(size_bytes, _KIBI)), len(_BYTE_UNITS))
-    return f"{size_bytes / _KIBI**power:.1f} {_BYTE_UNITS[power - 1]}"
 
 
 def human_seconds(seconds: float) -> str:

@@ -155,6 +155,9 @@ class RankRule(Section):
 _LEVELLED = (RankPolicy.CYCLE, RankPolicy.HARDWARE)
 
 
+MAX_RANK_LEVELS = 64  # workers take no more
+
+
 class RanksConfig(Section):
     """Who trains at which rank; never above what a client declares or the global rank."""
 
@@ -173,6 +176,8 @@ class RanksConfig(Section):
             raise ValueError("policy 'table' needs at least one [[ranks.table]] entry")
         if self.policy in _LEVELLED and not self.levels:
             raise ValueError(f"policy '{self.policy.value}' needs levels, for example [2, 4, 8]")
+        if len(set(self.levels)) > MAX_RANK_LEVELS:
+            raise ValueError(f"{len(set(self.levels))} different levels; at most {MAX_RANK_LEVELS} are told to workers")
         if self.table and self.policy is not RankPolicy.TABLE:
             raise ValueError(f"a table is for policy 'table', but the policy is '{self.policy.value}'")
         if self.levels and self.policy not in _LEVELLED:
@@ -238,7 +243,7 @@ class TrainingConfig(Section):
     """AdamW's."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to it."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=1 << 20)
     """Of every round; the optimizer starts anew in each."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """On the input of lora_A, while training."""
@@ -277,7 +282,7 @@ class EvaluationConfig(Section):
     def is_larger_better(self, task: str) -> bool:
         """Whether more of the metric is better."""
         if self.goal == "auto":
-            return not (self.metric_of(task).endswith("loss") or self.metric_of(task) == "perplexity")
+            return not self.metric_of(task).endswith("loss")
         return self.goal == "maximize"
 
 

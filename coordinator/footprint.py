@@ -17,7 +17,7 @@ DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of one weight of a linear layer that bitsandbytes quantised. Of 4 bits every 64 share a scale of one byte, and
 # every 256 scales a float32 (double quantisation).
 QUANTIZED_BYTES: Mapping[str, float] = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + FLOAT32_BYTES / (64 * 256)}
-FRAMEWORK_BYTES = 600_000_000  # of the CUDA context and the libraries' kernels and workspaces; an order of magnitude
+FRAMEWORK_BYTES = 600 << 20  # of the CUDA context and the libraries' kernels and workspaces; an order of magnitude
 
 # Bytes that a transformer layer keeps for its backward pass, per token and hidden unit, in 16 bits and without the
 # matrix of attention weights (arXiv 2205.05198, section 4.1; twice of it in float32).
@@ -25,6 +25,8 @@ _LAYER_BYTES = 34
 _LAYER_INPUT_BYTES = 2  # what checkpointing keeps of a layer instead
 # Per token and word of the vocabulary: 16-bit logits, float32 logits, their log-softmax, its gradient.
 _LOGITS_BYTES = 14
+# Of the logits of one part in float32; the worker (its MAX_LOGITS_BYTES) makes more of them in tiles.
+MAX_LOGITS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,11 @@ def _base_bytes(base: BaseFacts, setting: StepSetting) -> int:
 
 
 def _activation_bytes(spec: AdapterSpec, rank: int, base: BaseFacts, setting: StepSetting) -> int:
-    """What the backward pass needs again; attention is taken to keep no matrix of weights (SDPA, flash)."""
+    """What the backward pass needs again; attention is taken to keep no matrix of weights (SDPA, flash).
+
+    A language model's logits count 3.5 times (in 16 bits, in float32, their log-softmax, its gradient), but never as
+    more than 3.5 times MAX_LOGITS_BYTES, 896 MiB: more of them are made in tiles.
+    """
     if not (base.hidden_size and base.layers):
         return 0
     tokens = setting.micro_batch * (base.tokens or setting.tokens)
@@ -139,5 +145,5 @@ def _activation_bytes(spec: AdapterSpec, rank: int, base: BaseFacts, setting: St
         kept = base.layers * _LAYER_INPUT_BYTES * wide * base.hidden_size + layer_bytes + adapted_bytes // base.layers
     else:
         kept = base.layers * layer_bytes + adapted_bytes
-    logits = _LOGITS_BYTES * base.vocabulary if setting.is_language_model else 0
-    return tokens * (kept + logits)
+    logits = tokens * base.vocabulary if setting.is_language_model else 0
+    return tokens * kept + _LOGITS_BYTES * min(logits, MAX_LOGITS_BYTES // FLOAT32_BYTES)

@@ -5,6 +5,7 @@ The order of a submission is the promise: validate, make the bytes durable, appe
 
 import asyncio
 import math
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,8 @@ from coordinator.slices import BlobReference
 from coordinator.stores.uploads import Upload
 
 MAX_METRICS = 64
-MAX_METRIC_NAME_CHARS = 100
+_METRIC_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
+SHARES = frozenset({"accuracy", "accuracy_norm", "exact_match", "token_accuracy"})  # of all examples or tokens
 MAX_METRIC = 1e30  # weighted means over a federation stay finite
 MAX_TRAINING_SECONDS = 1e9
 CHUNK_WAIT_SECONDS = 60.0  # a sender that is silent for longer has gone; it resumes at its offset
@@ -252,10 +254,10 @@ def _check_numbers(client_id: str, num_examples: int, metrics: Mapping[str, floa
         raise InvalidRequest(f"client {client_id!r}: {len(metrics)} metrics; at most {MAX_METRICS} are accepted")
     for name in metrics:
         # They stand in logs, on terminals and in columns of tables.
-        if not (name.isascii() and name.isprintable() and 0 < len(name) <= MAX_METRIC_NAME_CHARS):
+        if not _METRIC_NAME.fullmatch(name):
             raise InvalidRequest(
-                f"client {client_id!r}: {name[:MAX_METRIC_NAME_CHARS]!r} cannot be a metric's name; "
-                f"1 to {MAX_METRIC_NAME_CHARS} visible ASCII characters are accepted"
+                f"client {client_id!r}: {name[:63]!r} cannot be a metric's name; a small letter and up to 62 more "
+                "small letters, digits and underscores are accepted"
             )
     bad = [name for name, value in [*metrics.items(), ("training_seconds", seconds)] if not math.isfinite(value)]
     if bad:
@@ -263,6 +265,9 @@ def _check_numbers(client_id: str, num_examples: int, metrics: Mapping[str, floa
     huge = next((name for name, value in metrics.items() if abs(value) > MAX_METRIC), None)
     if huge is not None:
         raise InvalidRequest(f"client {client_id!r}: {huge} is {metrics[huge]:g}; at most {MAX_METRIC:g} is accepted")
+    off = next((name for name in sorted(SHARES & metrics.keys()) if not 0.0 <= metrics[name] <= 1.0), None)
+    if off is not None:
+        raise InvalidRequest(f"client {client_id!r}: {off} is {metrics[off]:g}; 0 to 1 is accepted, it is a share")
     if not 0.0 <= seconds <= MAX_TRAINING_SECONDS:
         raise InvalidRequest(
             f"client {client_id!r}: training_seconds {seconds:g}; 0 to {MAX_TRAINING_SECONDS:g} are accepted"

@@ -166,32 +166,37 @@ class Manifest:
     @property
     def rules(self) -> Rules:
         """The state machine's part; of a manifest read from the store, rounds and stopping have only what is frozen."""
-        rounds, ranks, evaluation = self.rounds, self.ranks, self.evaluation
-        return Rules(
-            num_rounds=rounds.num_rounds,
-            global_rank=self.adapter.global_rank,
-            seed=rounds.seed,
-            min_clients=rounds.min_clients,
-            fraction=rounds.fraction,
-            quorum=rounds.quorum,
-            round_deadline_seconds=rounds.round_deadline_seconds,
-            lease_ttl_seconds=rounds.lease_ttl_seconds,
-            evaluate_every=rounds.evaluate_every,
-            max_failures=rounds.max_failures,
-            max_attempts=rounds.max_attempts,
-            max_clients=rounds.max_clients,
-            rank_policy=ranks.policy,
-            rank_table=tuple((rule.client, rule.rank) for rule in ranks.table),
-            rank_levels=ranks.levels,
-            memory_share=ranks.memory_share,
-            stopping=Stopping(
-                metric=evaluation.metric_of(self.model.task),
-                is_larger_better=evaluation.is_larger_better(self.model.task),
-                is_central=evaluation.source == "central",
-                min_delta=evaluation.min_delta,
-                patience=evaluation.patience,
-            ),
-        )
+        return rules_of(self)
+
+
+def rules_of(source: Manifest | CoordinatorConfig) -> Rules:
+    """The state machine's part of a federation, founded or still in its settings."""
+    rounds, ranks, evaluation = source.rounds, source.ranks, source.evaluation
+    return Rules(
+        num_rounds=rounds.num_rounds,
+        global_rank=source.adapter.global_rank,
+        seed=rounds.seed,
+        min_clients=rounds.min_clients,
+        fraction=rounds.fraction,
+        quorum=rounds.quorum,
+        round_deadline_seconds=rounds.round_deadline_seconds,
+        lease_ttl_seconds=rounds.lease_ttl_seconds,
+        evaluate_every=rounds.evaluate_every,
+        max_failures=rounds.max_failures,
+        max_attempts=rounds.max_attempts,
+        max_clients=rounds.max_clients,
+        rank_policy=ranks.policy,
+        rank_table=tuple((rule.client, rule.rank) for rule in ranks.table),
+        rank_levels=ranks.levels,
+        memory_share=ranks.memory_share,
+        stopping=Stopping(
+            metric=evaluation.metric_of(source.model.task),
+            is_larger_better=evaluation.is_larger_better(source.model.task),
+            is_central=evaluation.source == "central",
+            min_delta=evaluation.min_delta,
+            patience=evaluation.patience,
+        ),
+    )
 
 
 def check_unchanged(manifest: Manifest, config: CoordinatorConfig) -> None:

@@ -82,7 +82,7 @@ def _tell_of_rounds(service: CoordinatorService, before: State, state: State) ->
         _tell_of_scores(evaluated)
     if state.best is not None and (before.best is None or before.best.round != state.best.round):
         best = state.best
-        log.info("best adapter", round=best.round, **{best.metric: round(best.value, 4)})
+        log.info("best adapter", round=best.round, metric=best.metric, value=round(best.value, 4))
     was_open = before.open
     if state.last_abandoned and was_open and (state.open is None or state.open.attempt != was_open.attempt):
         log.warning("round given up", round=state.round + 1, why=state.last_abandoned)

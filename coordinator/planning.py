@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from common.adapter import AdapterSpec, ModuleShape
 from common.codec import Layout, WireDtype
+from common.sizes import human_bytes
 from coordinator.aggregation.forecast import CollapseForecast, energy_factor, forecast_collapse, half_life_of
 from coordinator.config import CoordinatorConfig
 from coordinator.federation.state import Profile, part_of
@@ -269,6 +270,6 @@ def _too_large(site: Site, memory_share: float) -> Iterator[str]:
     needed = measured.base_bytes + site.rank * measured.bytes_per_rank
     if needed > memory_share * profile.memory_bytes:
         yield (
-            f"{site.name}: a step at rank {site.rank} takes {needed / 1e9:.1f} GB as probed, which is more than "
-            f"{memory_share:.0%} of the device's {profile.memory_bytes / 1e9:.1f} GB"
+            f"{site.name}: a step at rank {site.rank} takes {human_bytes(needed)} as probed, which is more than "
+            f"{memory_share:.0%} of the device's {human_bytes(profile.memory_bytes)}"
         )

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForImageClassification
 
 from simulation.digits import BASE_FOLDER
@@ -25,6 +24,8 @@ from worker.trainer.tasks import ImageClassification
 
 def check_adapter(folder: Path, data: Path, base: Path) -> dict[str, Any]:
     """The accuracy of base and adapter on a file of images, and the two lines that load them."""
+    from peft import PeftModel  # noqa: PLC0415 - after worker.trainer, which quietens what it imports
+
     model = AutoModelForImageClassification.from_pretrained(base, local_files_only=True, use_safetensors=True)
     labels = [name for _, name in sorted(model.config.id2label.items())]
     preparation = ImageClassification().prepare(base, model, labels, DataConfig(train=str(data)))

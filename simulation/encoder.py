@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel
 from common.errors import ConfigError
 from worker.trainer.base_model import digest_of_weights
 from worker.trainer.features import FeatureClassifier, FeatureConfig
-from worker.trainer.tasks import ModelError, tokenizer_in
+from worker.trainer.task import ModelError, tokenizer_in
 
 MINILM = "minilm"
 KINDS = ("bert",)  # whose layers the base model of feature classification has

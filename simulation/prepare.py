@@ -27,7 +27,8 @@ from worker.trainer.base_model import device_of, digest_of_weights, resolve_fold
 from worker.trainer.data import Example
 from worker.trainer.features import PROJECTION, collate_features
 from worker.trainer.model import AdaptedModel
-from worker.trainer.tasks import Collator, FeatureClassification, ModelError, task_named
+from worker.trainer.task import Collator, ModelError
+from worker.trainer.tasks import FeatureClassification, task_named
 from worker.trainer_protocol import ModelOrder
 
 TEXT_TASK = "sequence-classification"

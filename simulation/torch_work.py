@@ -15,7 +15,7 @@ from simulation.local_work import BaseChange, Evaluated, EvaluationSet, LocalTas
 from simulation.prepare import Prepared
 from worker.trainer.data import Example
 from worker.trainer.model import AdaptedModel, load_model, read_adapter, write_adapter
-from worker.trainer.tasks import Collator
+from worker.trainer.task import Collator
 from worker.trainer.training import Diverged, Pruning, evaluate, train
 from worker.trainer_protocol import Plan
 

@@ -52,7 +52,8 @@ ONLY_IN: Mapping[frozenset[str], tuple[str, ...]] = {
 TRAINER_SIDE = "worker/trainer/"
 
 PURE = "coordinator/federation/*"
-PURE_MAY_USE = frozenset({"common.errors"})  # its refusals are the typed errors of the wire
+# Its refusals are the typed errors of the wire; its reasons tell sizes as every screen does.
+PURE_MAY_USE = frozenset({"common.errors", "common.sizes"})
 # Part of the standard library, but not of a function whose answer depends on its arguments alone.
 IMPURE = frozenset(
     {"asyncio", "datetime", "io", "logging", "os", "pathlib", "random", "secrets", "shutil", "socket"}

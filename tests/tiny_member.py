@@ -58,7 +58,7 @@ def worker(say: Say, stopping: threading.Event, group: Group) -> Work:
                 case other:
                     raise DataMishap(type(other).__name__)
         except RafloraError as error:
-            return Failed(error.reason, str(error), fatal=error.reason == "trainer_died")
+            return Failed(error.reason, str(error), fatal=getattr(error, "is_the_end", False))
         except MemoryError as error:
             return Failed("out_of_memory", type(error).__name__)
 
@@ -66,12 +66,12 @@ def worker(say: Say, stopping: threading.Event, group: Group) -> Work:
 
 
 def loaded(group: Group, folder: str) -> Loaded:
-    """Writes down which process it is; digests differ if the test asks for it."""
+    """Writes down which process it is, and stands for a sharded base if the launcher asks for one."""
     Path(folder, f"pid-{group.rank}").write_text(str(os.getpid()))
     named = sorted(name for name in os.environ if "RANK" in name or name.startswith("ACCELERATE"))
     Path(folder, f"environment-{group.rank}").write_text(" ".join(named))
-    differs = Path(folder, "differs").exists() and group.rank == 1
-    return Loaded("b" if differs else "a", (), (), NUM_EXAMPLES, "cpu", 1 << 30)
+    group.accompany = (lambda: None) if group.is_to_shard else None
+    return Loaded("a", (), (), NUM_EXAMPLES, "cpu", 1 << 30)
 
 
 def trained(say: Say, stopping: threading.Event, group: Group, request: Train) -> Answer:
@@ -81,6 +81,8 @@ def trained(say: Say, stopping: threading.Event, group: Group, request: Train) -
     group.add_up(total)
     if where == str(group.rank):
         MISHAPS[what]()
+    if what == "out_of_memory_in_a_pass":
+        group.add_up(total)  # as a layer is gathered: no agreement comes first, and the other process never comes
     if what == "wait":
         say(ProgressMade("training", 1, 100, 0.5))
         stopping.wait(60)
@@ -111,6 +113,7 @@ def _fails(error: Exception) -> Callable[[], None]:
 
 MISHAPS: dict[str, Callable[[], None]] = {
     "out_of_memory": _fails(MemoryError()),
+    "out_of_memory_in_a_pass": _fails(MemoryError()),
     "data_error": _fails(DataMishap("data_error on demand")),
     "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
 }

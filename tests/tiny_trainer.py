@@ -135,6 +135,7 @@ def _loaded() -> Loaded:
         num_examples=NUM_EXAMPLES,
         device="cpu",
         memory_bytes=1 << 30,
+        num_test_examples=NUM_EXAMPLES,
     )
 
 

@@ -169,6 +169,7 @@ class Agent:
             wire_dtype=WireDtype(place.wire_dtype),
             max_rank=profile.max_rank,
             num_examples=profile.num_examples,
+            num_test_examples=loaded.num_test_examples,
             heartbeat_seconds=place.heartbeat_seconds,
         )
         size_bytes = Layout(spec, place.lora_rank, terms.wire_dtype).size_bytes

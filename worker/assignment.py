@@ -71,6 +71,7 @@ class Terms:
     wire_dtype: WireDtype
     max_rank: int
     num_examples: int
+    num_test_examples: int
     heartbeat_seconds: float
 
 
@@ -96,6 +97,7 @@ class Assignment:
             self._task,
             max_rank=self._terms.max_rank,
             num_examples=self._terms.num_examples,
+            num_test_examples=self._terms.num_test_examples,
             evaluates_only=self._means.config.evaluator,
         )
         if self._task.manifest_digest != self._terms.manifest_digest:

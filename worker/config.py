@@ -161,9 +161,11 @@ class LaunchConfig(Section):
     processes: int = Field(default=1, ge=1, le=1024)
     """Training processes on this machine, a GPU each (torchrun); 1: no group."""
     accelerate_config: Path | None = None
-    """A file of `accelerate config` for multi-GPU (no FSDP, no DeepSpeed); it says how many processes there are."""
+    """A file of `accelerate config` for multi-GPU or FSDP (no DeepSpeed); it says how many processes there are."""
     command: tuple[str, ...] = ()
     """A launcher of your own (srun, mpirun, ...): what stands before `python -m worker.trainer`."""
+    shard_base: bool = False
+    """Each process keeps a part of the frozen base, for one that does not fit one GPU (FSDP); slower. Not quantised."""
 
     @property
     def is_group(self) -> bool:
@@ -203,6 +205,15 @@ class WorkerConfig(Section):
     def _rank_is_within_policy(self) -> "WorkerConfig":
         if self.rank > self.policy.max_rank:
             raise ValueError(f"rank {self.rank} is above the site policy's max_rank {self.policy.max_rank}")
+        return self
+
+    @model_validator(mode="after")
+    def _base_can_be_sharded(self) -> "WorkerConfig":
+        if self.launch.shard_base and self.model.quantization != "none":
+            raise ValueError(
+                f'launch.shard_base and model.quantization = "{self.model.quantization}": quantised weights cannot be '
+                "sharded; leave one of the two out"
+            )
         return self
 
     @model_validator(mode="after")

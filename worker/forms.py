@@ -19,11 +19,14 @@ MAX_NAME_CHARACTERS = 100  # of a federation
 MAX_LABELS = 32_768  # ImageNet has 21,841
 MAX_LABEL_CHARACTERS = 200
 MAX_LABELS_CHARACTERS = 1 << 20  # of all labels: they must fit into one line to the trainer
+MAX_RANK_LEVELS = 64
+MAX_RANK = 4096
 MAX_LAYERS = 1024
 MAX_LAYER_CHARACTERS = 200
 MAX_LAYER_PATTERNS = 64  # each is tried on every layer of the model
 MAX_SCALING = 1e4  # lora_alpha / rank of any published recipe is below 1e3
 MAX_BATCH_SIZE = 1 << 16
+MAX_WARMUP_STEPS = 1 << 20
 MAX_HEARTBEAT_SECONDS = 3600.0
 MAX_NEW_TOKENS = 32_768  # of one generated answer
 MAX_EVALUATED_EXAMPLES = 1 << 32  # as many as one client may have
@@ -45,6 +48,13 @@ def check_welcome(welcome: Welcome) -> None:
         raise _invalid("handshake: batch_size", welcome.batch_size, f"up to {MAX_BATCH_SIZE}")
     if not 0 <= welcome.lora_dropout < 1:
         raise _invalid("handshake: lora_dropout", welcome.lora_dropout, "at least 0 and below 1")
+    if len(welcome.rank_levels) > MAX_RANK_LEVELS:
+        raise InvalidRequest(f"handshake: {len(welcome.rank_levels)} rank levels; at most {MAX_RANK_LEVELS} are taken")
+    for level in welcome.rank_levels:
+        if not 1 <= level <= MAX_RANK:
+            raise _invalid("handshake: rank level", level, f"1 to {MAX_RANK}")
+    if not 0 <= welcome.memory_share <= 1:
+        raise _invalid("handshake: memory_share", welcome.memory_share, "above 0 and up to 1, or 0: not told")
     _check_model(welcome.model)
 
 
@@ -80,6 +90,10 @@ def _check_plan(plan: Plan, whose: str) -> None:
     for name, number in numbers.items():
         if not (math.isfinite(number) and number >= 0):
             raise _invalid(f"{whose} {name}", number, "a finite number, not negative")
+    if not 0 <= plan.lora_dropout < 1:
+        raise _invalid(f"{whose} lora_dropout", plan.lora_dropout, "at least 0 and below 1")
+    if not 0 <= plan.warmup_steps <= MAX_WARMUP_STEPS:
+        raise _invalid(f"{whose} warmup_steps", plan.warmup_steps, f"0 to {MAX_WARMUP_STEPS}")
 
 
 def _check_evaluation(plan: EvaluationPlan, whose: str) -> None:

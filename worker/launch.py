@@ -20,7 +20,12 @@ from worker.config import LaunchConfig
 from worker.trainer_protocol import MAX_LINE_BYTES, SOCKET_OPTION
 
 _LONGEST_SOCKET_PATH = 107  # bytes; what Linux takes
-_GROUP = "MULTI_GPU"  # accelerate's word for a whole model in each process
+# accelerate's words.
+_GROUP = "MULTI_GPU"  # a whole model in each process
+_SHARDED = "FSDP"
+_DEEPSPEED = "DEEPSPEED"
+_HOW_SHARDED = ("fsdp_reshard_after_forward", "fsdp_sharding_strategy")  # of its version 2, of its version 1
+_IN_FULL = frozenset({"true", "full_shard", "1"})
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -92,6 +97,11 @@ def check_launch(launch: LaunchConfig) -> None:
     chosen = [name for name, is_set in ways.items() if is_set]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} are both set; one of them says how the group is launched")
+    if launch.shard_base and not chosen:
+        raise ConfigError(
+            "launch.shard_base: there is one process, and nobody to share the base with; set launch.processes to the "
+            "number of this machine's GPUs"
+        )
     if launch.accelerate_config is not None:
         _check_accelerate(launch.accelerate_config)
     if launch.command and shutil.which(launch.command[0]) is None:
@@ -106,12 +116,37 @@ def _check_accelerate(path: Path) -> None:
             f"launch.accelerate_config: {path} asks for one process (distributed_type NO); leave the key out, or "
             "answer multi-GPU in `accelerate config`"
         )
-    if kind != _GROUP:
+    if kind == _DEEPSPEED:
         raise ConfigError(
-            f"launch.accelerate_config: {path} asks for distributed_type {kind}; this version trains with a whole "
-            f"model in each process ({_GROUP}). Choose that, and model.quantization or model.gradient_checkpointing "
-            "if the model is too large for one GPU"
+            f"launch.accelerate_config: {path} asks for distributed_type {kind}, which is not used here. Its stages 1 "
+            "and 2 divide gradients and the optimizer's state, and those of LoRA's factors are small; for what stage "
+            f"3 does choose {_SHARDED}, or {_GROUP} and launch.shard_base = true"
         )
+    if kind not in (_GROUP, _SHARDED):
+        raise ConfigError(
+            f"launch.accelerate_config: {path} asks for distributed_type {kind}; {_GROUP} (the whole model in each "
+            f"process) or {_SHARDED} (the base divided among them) is expected"
+        )
+    if kind == _SHARDED:
+        _check_sharding(path, content.get("fsdp_config"))
+
+
+def _check_sharding(path: Path, fsdp: object) -> None:
+    """Raises ConfigError if the file asks for what is not done; what only says where to cut is not asked."""
+    asked = fsdp if isinstance(fsdp, dict) else {}
+    for key in _HOW_SHARDED:
+        if str(asked.get(key, True)).lower() not in _IN_FULL:
+            raise ConfigError(
+                f"launch.accelerate_config: {path}: fsdp_config.{key} is {asked[key]}; a base that is gathered layer "
+                "by layer and let go at once (true, or FULL_SHARD) is all that saves memory with LoRA. If the base "
+                f"fits whole, choose distributed_type {_GROUP}"
+            )
+    for key, instead in (
+        ("fsdp_offload_params", "weights are kept on the GPUs; set it to false"),
+        ("fsdp_activation_checkpointing", "set it to false and model.gradient_checkpointing = true"),
+    ):
+        if str(asked.get(key, False)).lower() == "true":
+            raise ConfigError(f"launch.accelerate_config: {path}: fsdp_config.{key} is true; {instead}")
 
 
 def _content_of(path: Path) -> Mapping[str, Any]:

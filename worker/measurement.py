@@ -205,31 +205,31 @@ def write_probe(state_dir: Path, probe: Probe) -> Path:
     return path
 
 
-def read_probe(state_dir: Path) -> Probe | None:
-    """The file's content, None if there is no file. Raises ConfigError if it cannot be read."""
-    path = state_dir / FILE_NAME
+def read_probe(path: Path) -> Probe | None:
+    """What a file that `write_probe` left holds, None if there is no file. Raises ConfigError if it cannot be read."""
+    again = "run `raflora probe` again where it was made"
     try:
         content: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; {ADVICE}") from None
+        raise ConfigError(f"{path}: cannot be read: {error}; {again}") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != 1:
-        raise ConfigError(f"{path}: schema_version {version!r}, expected 1; {ADVICE}")
+        raise ConfigError(f"{path}: schema_version {version!r}, expected 1; {again}")
     try:
         return Probe.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{explained(error, str(path), Probe)}; {ADVICE}") from None
+        raise ConfigError(f"{explained(error, str(path), Probe)}; {again}") from None
 
 
 def check_rank(config: WorkerConfig) -> None:
     """Raises ConfigError, before anything is asked or loaded, if nobody says at which rank this worker trains."""
     if config.rank or config.evaluator:
         return
-    probe = read_probe(config.state_dir)
+    path = config.state_dir / FILE_NAME
+    probe = read_probe(path)
     if probe is None:
-        path = config.state_dir / FILE_NAME
         raise ConfigError(f"rank = 0 means what `raflora probe` proposed here, but there is no {path}; {ADVICE}")
     why = _misfit_of_settings(probe, config)
     if why:
@@ -237,7 +237,7 @@ def check_rank(config: WorkerConfig) -> None:
 
 
 def settle(config: WorkerConfig, welcome: Welcome) -> Settled:
-    """The settings with the rank, and where they leave it open the micro-batch, that the probe proposed.
+    """The settings with the rank, and no larger micro-batch than it, that the probe proposed.
 
     A probe that is about other settings or another federation is told and left out. Raises ConfigError if the rank
     is that probe's.
@@ -246,7 +246,7 @@ def settle(config: WorkerConfig, welcome: Welcome) -> Settled:
     if config.evaluator:
         return Settled(config, None)
     try:
-        probe = read_probe(config.state_dir)
+        probe = read_probe(config.state_dir / FILE_NAME)
         why = "" if probe is None else _misfit_of_settings(probe, config) or _misfit_of_federation(probe, welcome)
     except ConfigError as error:
         probe, why = None, str(error)
@@ -256,9 +256,10 @@ def settle(config: WorkerConfig, welcome: Welcome) -> Settled:
         _tell(config.state_dir, why)
     if why or probe is None or probe.proposal is None:
         return Settled(config, None)
+    micro_batch = probe.proposal.micro_batch
     found = {
         "rank": config.rank or min(probe.proposal.lora_rank, config.policy.max_rank),
-        "batch_size": config.batch_size or probe.proposal.micro_batch,
+        "batch_size": min(config.batch_size or micro_batch, micro_batch),
     }
     return Settled(config.model_copy(update=found), probe, takes_proposal=not config.rank)
 

@@ -63,6 +63,8 @@ class Welcome:
     model: ModelRequest
     batch_size: int = 0  # of the rounds to come, for whoever measures before; 0: not told
     lora_dropout: float = 0.0
+    rank_levels: tuple[int, ...] = ()  # that ranks are granted from; empty: the operator's policy has none
+    memory_share: float = 0.0  # of a device's memory that a training step may take; 0: not told
 
 
 @dataclass(frozen=True)

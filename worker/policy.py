@@ -86,21 +86,24 @@ def check_manifest(policy: SitePolicy, digest: str) -> None:
 
 
 def check_task(
-    policy: SitePolicy, task: Task, *, max_rank: int, num_examples: int, evaluates_only: bool = False
+    policy: SitePolicy,
+    task: Task,
+    *,
+    max_rank: int,
+    num_examples: int,
+    num_test_examples: int,
+    evaluates_only: bool = False,
 ) -> None:
     """Raises PolicyRefused unless the task is within the site's bounds; `max_rank` is what this worker offered.
 
-    A worker that `evaluates_only` trains nothing, whatever is asked.
+    `num_examples` are there to train on, `num_test_examples` to evaluate on. A worker that `evaluates_only` trains
+    nothing, whatever is asked.
     """
     allowed_rank = min(policy.max_rank, max_rank)
     if not 1 <= task.lora_rank <= allowed_rank:
         raise _refusal(task, "rank", task.lora_rank, f"1 to {allowed_rank}")
     if task.kind is TaskKind.EVALUATE:
-        if not policy.may_send_metrics:
-            raise PolicyRefused(f"site policy: round {task.round} asks for an evaluation; no metrics leave this site")
-        asked, allowed = task.evaluation.max_new_tokens, policy.max_new_tokens
-        if task.evaluation.method == GENERATION and asked > allowed:
-            raise _refusal(task, "new tokens", asked, f"at most {allowed}")
+        _check_evaluation(policy, task, num_test_examples)
         return
     if evaluates_only:
         raise PolicyRefused(f"site policy: round {task.round} asks for training; this worker is an evaluator")
@@ -109,6 +112,23 @@ def check_task(
     steps = steps_of(task.plan, num_examples)
     if not 0 < steps <= policy.max_local_steps:
         raise _refusal(task, "optimizer steps", steps, f"1 to {policy.max_local_steps}")
+
+
+def _check_evaluation(policy: SitePolicy, task: Task, num_test_examples: int) -> None:
+    if not policy.may_send_metrics:
+        raise PolicyRefused(f"site policy: round {task.round} asks for an evaluation; no metrics leave this site")
+    asked, allowed = task.evaluation.max_new_tokens, policy.max_new_tokens
+    if task.evaluation.method == GENERATION and asked > allowed:
+        raise _refusal(task, "new tokens", asked, f"at most {allowed}")
+    # The metrics of a few records are those records'.
+    most, fewest = task.evaluation.max_examples, policy.min_examples
+    if 0 < most < fewest:
+        raise _refusal(task, "an evaluation on at most so many examples:", most, f"at least {fewest} (min_examples)")
+    if num_test_examples < fewest:
+        raise PolicyRefused(
+            f"site policy: round {task.round} asks for an evaluation, but there are {num_test_examples} test examples "
+            f"here and min_examples is {fewest}; no metrics of fewer leave this site"
+        )
 
 
 def check_size(policy: SitePolicy, task: Task, size_bytes: int) -> None:

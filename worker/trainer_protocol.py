@@ -113,6 +113,7 @@ class Loaded:
     num_examples: int
     device: str
     memory_bytes: int
+    num_test_examples: int = 0  # the policy counts them; of an evaluator the same as num_examples
 
 
 @dataclass(frozen=True)

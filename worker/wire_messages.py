@@ -27,6 +27,8 @@ def welcome_of(answer: pb.HandshakeResponse) -> Welcome:
         ),
         batch_size=answer.batch_size,
         lora_dropout=answer.lora_dropout,
+        rank_levels=tuple(answer.rank_levels),
+        memory_share=answer.memory_share,
     )
 
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import assert_never
 
+from common.sizes import human_bytes
 from coordinator.federation.state import Client, Measured, Profile, RankPolicy, Rules, part_of
 
 SET_BY_OPERATOR = "set by the operator"
+_LOWERED = SET_BY_OPERATOR + ", then lowered to {} when it declared no more; `raflora set-rank` raises it again"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def grant_rank(rules: Rules, client_id: str, profile: Profile, order: int) -> Gr
 def keep_rank(known: Client, profile: Profile) -> Grant:
     """What an operator set stays, whatever the client now brings, but never above what it declares."""
     if known.rank < profile.max_rank:
-        return Grant(known.rank, SET_BY_OPERATOR)
+        was_lowered = known.rank_reason not in ("", SET_BY_OPERATOR)
+        return Grant(known.rank, _LOWERED.format(known.rank) if was_lowered else SET_BY_OPERATOR)
     if known.rank == profile.max_rank:
         return Grant(known.rank, known.rank_reason or SET_BY_OPERATOR)
     reason = f"{SET_BY_OPERATOR} to {known.rank}, but never above what it declares ({profile.max_rank})"
@@ -82,7 +85,7 @@ def _from_hardware(rules: Rules, profile: Profile) -> Grant:
         what = "not measured" if profile.measured is None else "its memory is not known"
         return Grant(allowed[0], f"hardware: {what}; the smallest level {allowed[0]}; run `raflora probe` there")
     room = rules.memory_share * profile.memory_bytes
-    within = f"{100 * rules.memory_share:g} % of {_size(profile.memory_bytes)} ({_measured(profile.measured)})"
+    within = f"{100 * rules.memory_share:g} % of {human_bytes(profile.memory_bytes)} ({_measured(profile.measured)})"
     fitting = [level for level in levels if _bytes_at(level, profile.measured) <= room]
     if not fitting:
         why = f"hardware: none of {_listed(levels)} fits {within}"
@@ -112,15 +115,7 @@ def _bytes_at(rank: int, measured: Measured) -> int:
 
 
 def _measured(measured: Measured) -> str:
-    return f"measured {_size(measured.base_bytes)} + {_size(measured.bytes_per_rank)} a rank"
-
-
-def _size(size_bytes: int) -> str:
-    """Of memory, as vendors count it: 24.0 GB, 130.0 MB."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size_bytes >= unit:
-            return f"{size_bytes / unit:.1f} {name}"
-    return f"{size_bytes} B"
+    return f"measured {human_bytes(measured.base_bytes)} + {human_bytes(measured.bytes_per_rank)} a rank"
 
 
 def _listed(levels: Sequence[int]) -> str:

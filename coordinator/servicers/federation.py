@@ -2,7 +2,6 @@
 
 import math
 import re
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, TypeAlias
@@ -16,12 +15,13 @@ from common.errors import InvalidRequest, ProtocolTooOld
 from common.failpoints import reach
 from common.plain import plain
 from common.transfer import CHUNK_BYTES, chunks_of
-from common.version import PROTOCOL, PROTOCOL_OLDEST, software_version
+from common.version import PROTOCOL, PROTOCOL_OLDEST
 from coordinator.federation.requests import Outcome, SubmitEvaluation, SubmitUpdate
 from coordinator.federation.state import Evaluation, Kind, Measured, Phase, Profile, Update
 from coordinator.identity.caller import own_client_id, own_enrol_key, present_caller
 from coordinator.intake import MAX_METRICS
 from coordinator.service import MAX_FAILURE_CHARS, CoordinatorService, Progress, Task
+from coordinator.servicers.greeting import greeting
 from coordinator.servicers.streams import read_chunks
 from coordinator.slices import BlobReference
 
@@ -51,24 +51,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         """The protocol to speak, and what to load."""
         config, manifest = self._service.config, self._service.foundation.manifest
         digest = manifest.base_model_digest if manifest else config.model.base_model_digest
-        return pb.HandshakeResponse(
-            protocol=_agree(request.protocol_min, request.protocol_max),
-            software_version=software_version(),
-            federation=config.name,
-            wall_time_seconds=time.time(),
-            batch_size=config.training.batch_size,
-            lora_dropout=config.training.lora_dropout,
-            model=pb.ModelRequest(
-                base_model=config.model.base_model,
-                base_model_digest=digest,
-                task=config.model.task,
-                labels=config.model.labels,
-                target_modules=config.adapter.target_modules,
-                modules_to_save=config.adapter.modules_to_save,
-                global_rank=config.adapter.global_rank,
-                seed=config.rounds.seed,
-            ),
-        )
+        return greeting(config, digest, _agree(request.protocol_min, request.protocol_max))
 
     async def Join(self, request: pb.JoinRequest, context: _Context) -> pb.JoinResponse:
         """A place, and the granted rank."""

@@ -146,6 +146,7 @@ class SeededTrainer(TrainerProcess):
             num_examples=self._num_examples,
             device="cpu",
             memory_bytes=1 << 30,
+            num_test_examples=self._num_examples,
         )
 
     async def train(self, request: Train, on_progress: OnProgress) -> Trained:  # noqa: ARG002 - one breath

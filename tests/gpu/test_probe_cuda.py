@@ -100,6 +100,6 @@ def test_the_command_proposes_a_rank_for_this_gpu(
     worker.write_text(to_toml(settings))
     assert main(["probe", "--config", str(worker), "--federation", str(federation), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["proposal"]["lora_rank"] == 64
-    probe = read_probe(tmp_path / "state")
+    probe = read_probe(tmp_path / "state" / "probe.json")
     assert probe is not None
     assert probe.device.startswith("cuda")

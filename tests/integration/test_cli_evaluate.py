@@ -3,22 +3,28 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from origins import ORIGIN
+from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA_ORDER, random_adapter, tiny_llama
 
+from cli.export_origin import RECORD_FILE, write_origin
 from cli.main import main
 from common.adapter import Adapter, initial_adapter
 from worker.config import ModelConfig
-from worker.peft_format import WEIGHTS_FILE, write_peft_folder
+from worker.peft_format import CONFIG_FILE, WEIGHTS_FILE, write_peft_folder
 from worker.trainer.generation import Prompted, log_likelihoods
+from worker.trainer.merge import MergeOrder, merge
 from worker.trainer.model import AdaptedModel, load_model, write_adapter
-from worker.trainer.tasks import tokenizer_in
+from worker.trainer.task import tokenizer_in
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
 
@@ -49,6 +55,7 @@ metric_list:
 # Several commands in one process of their own: lm-eval and torch are loaded once.
 _DRIVER = """
 import contextlib, io, json, sys
+from cli.export_origin import RECORD_FILE, write_origin
 from cli.main import main
 told = []
 for arguments in json.loads(sys.argv[1]):
@@ -66,10 +73,12 @@ class Site:
     model: AdaptedModel
     adapter: Adapter
 
-    def command(self, *more: str, tasks: str = "tiny_likelihood", device: str = "cpu") -> list[str]:
-        base, own = str(self.folder / "base"), str(self.folder / "tasks")
-        fixed = ["--model", base, "--include-path", own, "--device", device, "--offline", "--dtype", "float32"]
-        return ["evaluate", str(self.folder / "adapter"), "--tasks", tasks, *fixed, *more]
+    def command(
+        self, *more: str, folder: str = "adapter", tasks: str = "tiny_likelihood", device: str = "cpu"
+    ) -> list[str]:
+        own = str(self.folder / "tasks")
+        fixed = ["--include-path", own, "--device", device, "--offline", "--dtype", "float32"]
+        return ["evaluate", str(self.folder / folder), "--tasks", tasks, *fixed, *more]
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +90,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     write_peft_folder(
         folder / "adapter", adapter, scaling=SCALING, base_model="tiny", task="causal-lm", modules_to_save=[]
     )
+    base = ModelConfig(path=str(folder / "base"), device="cpu", offline=True)
+    write_origin(
+        folder / "adapter",
+        replace(ORIGIN, base_model=base.path, base_model_digest=model.base_model_digest, task="causal-lm"),
+    )
+    (folder / "merged").mkdir()
+    merge(MergeOrder(base, folder / "adapter", model.base_model_digest, "causal-lm", (), ()), folder / "merged")
+    other_weights(folder / "base", folder / "other")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (folder / "tasks").mkdir()
     for name, rest in (("tiny_likelihood", _LIKELIHOOD), ("tiny_generation", _GENERATION)):
@@ -91,15 +108,25 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     return Site(folder, model, adapter)
 
 
+def other_weights(base: Path, into: Path) -> None:
+    """A model of the same shape, which PEFT would put the adapter on without a word."""
+    shutil.copytree(base, into)
+    weights = load_file(into / "model.safetensors")
+    save_file({name: torch.flip(one, [0]) for name, one in weights.items()}, into / "model.safetensors")
+
+
 @pytest.fixture(scope="module")
 def told(site: Site) -> dict[str, tuple[int, str, str]]:
     """Exit code, standard output and standard error of each command."""
     commands = {
         "json": site.command(
-            *("--format", "json", "--out", str(site.folder / "made" / "scores.json"), "--limit", "4"),
+            *("--model", str(site.folder / "base"), "--format", "json", "--limit", "4"),
+            *("--out", str(site.folder / "made" / "scores.json")),
             tasks="tiny_likelihood,tiny_generation",
         ),
         "table": site.command("--batch-size", "3"),
+        "merged": site.command("--format", "json", folder="merged"),
+        "other": site.command("--model", str(site.folder / "other")),
         "device": site.command(device="cuda:7"),
         "download": site.command(tasks="far_away"),
     }
@@ -158,9 +185,25 @@ def test_the_scores_are_those_of_the_base_model_with_the_adapter(
     assert (generation["metric"], generation["filter"], generation["num_fewshot"]) == ("exact_match", "none", 0)
     assert 0.0 <= generation["value"] <= 1.0
     assert (report["limit"], report["base_model"]) == (4, str(site.folder / "base"))
+    assert report["base_model_digest"] == site.model.base_model_digest
 
 
-def test_people_get_a_table(site: Site, told: dict[str, tuple[int, str, str]]) -> None:
+def test_another_model_of_the_same_shape_is_refused(site: Site, told: dict[str, tuple[int, str, str]]) -> None:
+    code, out, err = told["other"]
+    assert (code, out) == (2, "")
+    assert f"--model {site.folder / 'other'}: its weights have the digest" in err
+    assert f"was trained on {site.model.base_model_digest}; name that very model" in err
+
+
+def test_a_merged_model_needs_no_base(site: Site, told: dict[str, tuple[int, str, str]]) -> None:
+    code, out, err = told["merged"]
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["base_model"] is None
+    assert report["scores"][0]["value"] == pytest.approx(likelihood_of(site, site.adapter, 6), rel=1e-3)
+
+
+def test_people_get_a_table_and_the_records_base_model(site: Site, told: dict[str, tuple[int, str, str]]) -> None:
     code, out, err = told["table"]
     assert code == 0, err
     line = next(line for line in out.splitlines() if "tiny_likelihood" in line)
@@ -188,13 +231,37 @@ def test_a_task_that_needs_a_download_says_so_offline(told: dict[str, tuple[int,
     assert "--tasks far_away: with --offline its data set must be on this machine: run once without it" in err
 
 
-def test_a_folder_that_is_no_adapter_says_what_is_missing(
-    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_is_no_adapter_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     command = ["evaluate", str(tmp_path), "--model", "base", "--tasks", "gsm8k"]
     assert main(command) == 2
-    assert f"{tmp_path}: no PEFT folder, {WEIGHTS_FILE} is missing" in capsys.readouterr().err
+    assert f"{tmp_path}: neither an adapter ({WEIGHTS_FILE} missing) nor a merged model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "sentence"),
+    [
+        ({"base_model": "/far/away"}, (), "was trained on '/far/away', which is neither a folder here nor a hub id"),
+        ({"task": "image-classification"}, (), "its task is 'image-classification', and lm-eval evaluates language"),
+        (None, (), f"has no {RECORD_FILE} that names the base model; give --model BASE"),
+        ({"merged": True}, ("--model", "base"), "leave --model and --revision out"),
+    ],
+)
+def test_a_record_that_does_not_lead_to_a_base_model_is_told(
+    changes: dict[str, Any] | None,
+    flags: tuple[str, ...],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fields = {"task": "causal-lm", **(changes or {})}
+    names = ["config.json"] if fields.pop("merged", False) else [CONFIG_FILE, WEIGHTS_FILE]
+    for name in names:
+        (tmp_path / name).touch()
+    if changes is not None:
+        write_origin(tmp_path, replace(ORIGIN, **fields))
+    assert main(["evaluate", str(tmp_path), "--tasks", "gsm8k", *flags]) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_one_sentence(

@@ -1,6 +1,8 @@
 """`raflora export`: from the coordinator's stream to a stock PEFT folder."""
 
 import json
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from safetensors.numpy import load_file
 
 from cli import download
 from cli.main import main
-from common.codec import WireDtype
+from common.codec import WireDtype, digest_of, encode
 from common.errors import NothingPublished, WrongRank
 from worker.peft_format import CONFIG_FILE, WEIGHTS_FILE
 
@@ -67,7 +69,37 @@ def test_the_best_adapter_is_asked_for(canned: Canned, tmp_path: Path) -> None:
     with serving(canned) as address:
         assert export(tmp_path / "adapter", address, "--best") == 0
     assert {r.best for r in canned.asked if isinstance(r, status_pb2.FetchAdapterRequest)} == {True}
-    assert "The best so far is this adapter's: accuracy 0.5" in (tmp_path / "adapter" / "README.md").read_text()
+    assert "The best so far is this adapter's: accuracy 50.0 %" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_script_gets_an_object(canned: Canned, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "adapter"
+    with serving(canned) as address:
+        assert export(folder, address, "--rank", "4", "--format", "json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["folder"], told["round"], told["rank"], told["merged"]) == (str(folder), 3, 4, False)
+    assert {file["name"]: file["size_bytes"] for file in told["files"]} == {
+        path.name: path.stat().st_size for path in folder.iterdir()
+    }
+    assert told["weights_digest"] == sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+    assert told["load"][0] == "from peft import PeftModel"
+    assert (told["serve"], told["uploaded_to"]) == ([], None)
+
+
+def test_a_script_gets_the_command_that_serves(
+    canned: Canned, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    canned.header.task = "causal-lm"
+    del canned.header.modules_to_save[:]
+    bare = replace(adapter_of(4), tensors={})
+    canned.adapter = encode(bare)
+    canned.header.digest, canned.header.size_bytes = digest_of(canned.adapter), len(canned.adapter)
+    with serving(canned) as address:
+        assert export(tmp_path / "served", address, "--for", "vllm", "--format", "json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["rank"], told["written_rank"]) == (4, 8)
+    assert told["serve"][0].startswith("vllm serve tiny-vit --enable-lora --max-lora-rank 8")
+    assert "query, value are adapted" in told["warnings"][0]
 
 
 def test_a_coordinator_that_knows_no_best_adapter_is_noticed(

@@ -16,7 +16,7 @@ from common.codec import Layout, WireDtype
 from coordinator.planning import Site
 from worker.measurement import Line, Measurement, Probe, Proposal
 
-GB = 10**9
+GIB = 1 << 30
 RANKS = (8, 16, 32, 48, 64)
 SPEC = AdapterSpec(
     tuple(
@@ -68,7 +68,7 @@ def write_federation(folder: Path, spec: Path | None, **changes: Any) -> Path:
 def write_probe(folder: Path, site: str, memory_bytes: int, base_bytes: int, **changes: Any) -> Path:
     """What `raflora probe` leaves at a site."""
     speeds = {8: 0.5, 64: 1.0}
-    line = Line(base_bytes=base_bytes, bytes_per_rank=6_000_000, deviation=0.0)
+    line = Line(base_bytes=base_bytes, bytes_per_rank=6 << 20, deviation=0.0)
     probe = Probe(
         base_model_digest="0" * 64,
         task="causal-lm",
@@ -145,22 +145,8 @@ def test_every_row_says_how_sure_it_is_and_fits_80_columns(
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     rows = {tuple(line.split()) for line in lines}
-    assert (
-        "upload",
-        "a",
-        "round",
-        "9.2",
-        "MB",
-        "18.4",
-        "MB",
-        "36.7",
-        "MB",
-        "55.1",
-        "MB",
-        "73.4",
-        "MB",
-        "exact",
-    ) in rows
+    sizes = "8.8 MiB 17.5 MiB 35.0 MiB 52.5 MiB 70.0 MiB"
+    assert ("upload", "a", "round", *sizes.split(), "exact") in rows
     by_word = {word: [line for line in lines if line.rstrip().endswith(word)] for word in ("exact", "estimated")}
     assert any(line.startswith("LoRA parameters") for line in by_word["exact"])
     assert any(line.startswith("activations") for line in by_word["estimated"])
@@ -170,10 +156,10 @@ def test_every_row_says_how_sure_it_is_and_fits_80_columns(
 def test_probes_are_granted_ranks_by_the_policy_and_say_how_long_a_round_takes(
     federation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # 90 % of 24 GB is 21.6 GB, all levels fit; of 12 GB 10.8 GB is left, so rank 16.
+    # 90 % of 24 GiB is 21.6 GiB, all levels fit; of 12 GiB 10.8 GiB is left, so rank 16.
     probes = [
-        write_probe(tmp_path, "hospital", 24 * GB, 17 * GB),
-        write_probe(tmp_path, "clinic", 12 * GB, 10_700_000_000),
+        write_probe(tmp_path, "hospital", 24 * GIB, 17 * GIB),
+        write_probe(tmp_path, "clinic", 12 * GIB, 10_900 << 20),
     ]
     found = planned(
         capsys, federation, "--probe", *probes, "--site", "hospital=64:9000", "--site", "clinic=64:3000",
@@ -182,14 +168,36 @@ def test_probes_are_granted_ranks_by_the_policy_and_say_how_long_a_round_takes(
     sites = {site["name"]: site for site in found["sites"]}
     assert (sites["hospital"]["lora_rank"], sites["clinic"]["lora_rank"]) == (64, 16)
     assert sites["clinic"]["rank_reason"] == (
-        "hardware: 16 of 8, 16, 32, 48, 64 is the largest that fits 90 % of 12.0 GB (measured 10.7 GB + 6.0 MB a rank)"
+        "hardware: 16 of 8, 16, 32, 48, 64 is the largest that fits 90 % of 12.0 GiB "
+        "(measured 10.6 GiB + 6.0 MiB a rank)"
     )
     low, high = (level["measured"] for level in found["levels"])
-    assert (low["memory_bytes"], high["memory_bytes"]) == (10_796_000_000, 17_384_000_000)
+    assert (low["memory_bytes"], high["memory_bytes"]) == ((10_900 + 16 * 6) << 20, (17 * 1024 + 64 * 6) << 20)
     # 100 steps of 8; at rank 16 the next larger rank that was measured took a second a step.
     assert (low["training_seconds"], high["training_seconds"]) == (100.0, 100.0)
     assert found["totals"]["time"]["seconds_round"] > 100.0
     assert found["partitions"][-1]["share"] == 0.75
+
+
+def test_a_site_s_settings_say_how_it_trains_and_options_have_precedence(
+    federation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {"path": "llama", "quantization": "4bit", "gradient_checkpointing": True}
+    worker = tmp_path / "worker.toml"
+    worker.write_text(
+        to_toml({"rank": 8, "batch_size": 2, "model": model, "data": {"train": "a.jsonl", "max_length": 64}})
+    )
+    keys = ("micro_batch", "tokens", "dtype", "quantization", "gradient_checkpointing")
+
+    def assumed(*options: str | Path) -> list[Any]:
+        found = planned(capsys, federation, "--sites", "8x5", *options)["assumed"]
+        return [found[key] for key in keys]
+
+    assert assumed() == [8, 256, "bfloat16", "none", False]
+    assert assumed("--worker", worker) == [2, 64, "bfloat16", "4bit", True]
+    other = ["--micro-batch", "4", "--max-length", "32", "--dtype", "float32", "--quantization", "none"]
+    assert assumed("--worker", worker, *other, "--no-gradient-checkpointing") == [4, 32, "float32", "none", False]
+    assert "cannot be read" in refused(capsys, federation, "--worker", tmp_path / "none.toml")
 
 
 def test_the_policy_of_the_settings_decides(
@@ -230,7 +238,7 @@ def test_a_spec_of_an_older_version_gives_bytes_and_says_what_it_lacks(
         (["--site", "clinic=8:0"], "--site: 'clinic=8:0'; NAME=RANK"),
         (["--site", "a=8", "--site", "a=16"], "--site: a name stands twice"),
         (["--site", "site-1=8", "--sites", "8x2"], "the census has two sites of one name"),
-        (["--probe", "nowhere/probe.json"], "probe.json cannot be read: No such file or directory"),
+        (["--probe", "nowhere/probe.json"], "nowhere/probe.json; give what `raflora probe` left at a site"),
     ],
 )
 def test_what_is_wrong_with_a_census_is_said(
@@ -246,9 +254,9 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, capsys: pytest.Captur
     broken = write_federation(tmp_path, write_spec(tmp_path, base=[1]))
     assert "base is no object; write it anew with `raflora spec`" in refused(capsys, broken)
     federation = write_federation(tmp_path, write_spec(tmp_path))
-    newer = write_probe(tmp_path, "newer", 24 * GB, GB, schema_version=2)
-    assert "schema_version" in refused(capsys, federation, "--probe", newer)
-    full = write_probe(tmp_path, "full", 24 * GB, GB, proposal=None)
+    newer = write_probe(tmp_path, "newer", 24 * GIB, GIB, schema_version=2)
+    assert "schema_version 2, expected 1" in refused(capsys, federation, "--probe", newer)
+    full = write_probe(tmp_path, "full", 24 * GIB, GIB, proposal=None)
     assert "found nothing that fits" in refused(capsys, federation, "--probe", full)
     assert "same site's name" in refused(capsys, federation, "--probe", full, full)
     wide = write_federation(tmp_path, tmp_path / "spec.json", adapter__global_rank=2048)

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 from canned_coordinator import client, finished, summary, training
+from raflora.v1 import status_pb2
 from rich.console import Console
 
 from benchmarks import collapse_picture
 from cli.demo import Wishes, run_demo
-from cli.demo_federation import run_federation
-from cli.demo_processes import output_of
 from cli.demo_results import Check
-from cli.demo_screen import DemoScreen
 from cli.demo_setting import MARKER, Setting, Site, prepare, write_settings
 from cli.errors import Failed
+from cli.local_federation import run_federation
+from cli.local_processes import output_of
+from cli.local_screen import LocalScreen
 from cli.main import main
 
 # Everything here writes scikit-learn's digits or starts a trainer.
@@ -28,8 +29,8 @@ pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
 SECONDS = 120
 
 
-def screen_into(file: StringIO, *, terminal: bool = False) -> DemoScreen:
-    return DemoScreen(
+def screen_into(file: StringIO, *, terminal: bool = False) -> LocalScreen:
+    return LocalScreen(
         Console(file=file, width=120, height=60, force_terminal=terminal, markup=False, highlight=False, emoji=False)
     )
 
@@ -167,6 +168,22 @@ def test_one_example_named_otherwise_is_a_mismatch(loaded: float, agrees: bool) 
         reported_accuracy=0.887, loaded_accuracy=loaded, base_accuracy=0.1, num_examples=300, load=("base", "model")
     )
     assert check.agrees is agrees
+
+
+@pytest.mark.parametrize(
+    ("metrics", "told"),
+    [
+        ({"exact_match": 0.25, "eval_loss": 2.5}, "exact match 25.0 %"),
+        ({"eval_loss": 2.5, "token_accuracy": 0.5}, "loss 2.500"),
+        ({}, ""),
+    ],
+)
+def test_a_round_tells_what_was_measured(metrics: dict[str, float], told: str) -> None:
+    shown = StringIO()
+    with screen_into(shown) as screen:
+        screen.round_ended(status_pb2.RoundSummary(round=1, federated_metrics=metrics), finished())
+    line = " ".join(shown.getvalue().splitlines()[0].split())
+    assert line == f"round 1/20 0/2 workers {told} up 0 B down 0 B 0.0 s".replace("  ", " ")
 
 
 def test_without_a_terminal_every_round_is_two_lines() -> None:

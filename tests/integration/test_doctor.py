@@ -252,10 +252,11 @@ async def test_a_worker_with_a_token_before_its_first_start(identities: Identiti
 
 def test_what_failed_is_a_line_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = worker_settings(tmp_path, 'address = "127.0.0.1:1"')
-    assert main(["doctor", "--config", str(settings)]) == 1
+    assert main(["doctor", "--config", str(settings), "--set", "launch.shard_base=true"]) == 1
     shown = capsys.readouterr().out
     assert "failed  TCP" in shown
     assert "-> is the coordinator running there" in shown
+    assert "failed  launch" in shown
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from identities import Identities
 
 from cli.checks import Check, Verdict, warning, worst
 from cli.checks_coordinator import check_coordinator
-from cli.checks_machine import check_data, check_device, check_disk, check_model, check_private
+from cli.checks_machine import check_data, check_device, check_disk, check_group, check_model, check_private
 from cli.checks_network import check_certificate_files, check_identity, check_join_token
 from common.channel import Tls
 from common.moments import DAY_SECONDS
 from coordinator.config import CoordinatorConfig
 from coordinator.stores.lock import lock_state_folder
-from worker.config import DataConfig, ModelConfig
+from worker.config import DataConfig, LaunchConfig, ModelConfig
 
 
 @pytest.fixture
@@ -165,6 +165,13 @@ def test_the_device_is_asked_for_in_a_process_of_its_own(tmp_path: Path) -> None
     assert check_device(ModelConfig(path="m", device="cuda:2"), two).verdict is Verdict.FAILED
     none = python_that_says(tmp_path, "echo 2.13.0+cpu False 0")
     assert check_device(ModelConfig(path="m", device="cuda"), none).verdict is Verdict.FAILED
+
+
+def test_how_a_group_is_launched_is_looked_at_before_it_is(tmp_path: Path) -> None:
+    assert check_group(LaunchConfig(processes=2)).verdict is Verdict.OK
+    assert "sharded" in check_group(LaunchConfig(processes=2, shard_base=True)).found
+    found = check_group(LaunchConfig(accelerate_config=tmp_path / "none.yaml"))
+    assert (found.verdict, "there is no such file" in found.found) == (Verdict.FAILED, True)
 
 
 def test_secrets_are_for_their_owner(tmp_path: Path) -> None:

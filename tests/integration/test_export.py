@@ -22,14 +22,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cli.main import main
 from common.adapter import Adapter, Factors
+from common.errors import AdapterMismatch
 from worker.config import ModelConfig
 from worker.peft_format import CONFIG_FILE, WEIGHTS_FILE, write_peft_folder
 from worker.trainer import merge
-from worker.trainer.model import digest_of_weights
-from worker.trainer.tasks import ModelError
+from worker.trainer.base_model import digest_of_weights
+from worker.trainer.task import ModelError
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(600)]  # twenty models are made and loaded
-ROOT = Path(__file__).resolve().parents[2]
 LOAD_ELSEWHERE = Path(__file__).resolve().parents[1] / "load_elsewhere.py"
 CUT = 2
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -91,7 +91,7 @@ def elsewhere(around: Path, models: dict[str, Trained], told: dict[Case, str]) -
         }
         for case in cases
     ]
-    asked = {"paths": [str(ROOT), str(ROOT / "proto")], "jobs": jobs}
+    asked = {"jobs": jobs}
     ended = subprocess.run(
         [sys.executable, "-I", "-W", "ignore", str(LOAD_ELSEWHERE)],
         input=json.dumps(asked),
@@ -191,7 +191,7 @@ def test_the_card_tells_the_story_and_names_nobody(made: Made) -> None:
         assert "Trained by 2 clients" in card
         assert "| round | 2 of 2 |" in card
         assert "| 2 | 1 | 200 | 2 |" in card  # rank, clients, examples of the last round, updates
-        assert "| clients' own data | 0.7 | 0.25 |" in card
+        assert "| clients' own data | 70.0 % | 0.250 |" in card
         assert made.models["bert"].model.base_model_digest in card
         assert "hospital" not in card
         assert "hospital" not in (folder / "raflora.json").read_text()
@@ -276,18 +276,40 @@ def test_a_layer_that_shares_its_weights_is_not_merged_into(tmp_path: Path) -> N
         tmp_path / "adapter", Adapter({"lm_head": factors}, {}), scaling=1.0, base_model="b", task="causal-lm",
         modules_to_save=[],
     )  # fmt: skip
-    order = merge.MergeOrder(
+    with pytest.raises(
+        ModelError, match=r"lm_head\.weight and model\.embed_tokens\.weight are one and the same tensor"
+    ):
+        merge.merge(order_of(base, tmp_path / "adapter"), tmp_path)
+
+
+def order_of(base: Path, adapter: Path) -> merge.MergeOrder:
+    return merge.MergeOrder(
         model=ModelConfig(path=str(base), device="cpu"),
-        adapter=tmp_path / "adapter",
+        adapter=adapter,
         base_model_digest=digest_of_weights(base),
         task="causal-lm",
         labels=(),
         modules_to_save=(),
     )
-    with pytest.raises(
-        ModelError, match=r"lm_head\.weight and model\.embed_tokens\.weight are one and the same tensor"
-    ):
-        merge.merge(order, tmp_path)
+
+
+def test_an_adapter_of_which_peft_takes_a_part_is_not_merged(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(base)
+    factors = Factors(np.ones((2, 8), np.float32), np.ones((8, 2), np.float32))
+    here, absent = (f"model.layers.{number}.self_attn.q_proj" for number in (0, 1))
+    write_peft_folder(
+        tmp_path / "adapter", Adapter({here: factors, absent: factors}, {}), scaling=1.0, base_model="b",
+        task="causal-lm", modules_to_save=[],
+    )  # fmt: skip
+    into = tmp_path / "merged"
+    into.mkdir()
+    with pytest.raises(AdapterMismatch, match=rf"left out \['{absent}'\]"):
+        merge.merge(order_of(base, tmp_path / "adapter"), into)
+    assert list(into.iterdir()) == []
 
 
 def test_vllm_is_told_how(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

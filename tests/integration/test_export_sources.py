@@ -76,8 +76,11 @@ def test_the_best_adapter_is_one_of_a_round_that_was_evaluated(federation: Feder
     assert export(tmp_path / "best", "--coordinator", federation.address, "--best") == 0
     origin = read_origin(tmp_path / "best")
     assert origin.best is not None
-    assert origin.best.round == origin.round
+    assert origin.best.round == origin.round == 1  # the second is no better
     assert origin.adapter_digest
+    assert origin.measured is not None
+    assert origin.measured.round == 1
+    assert [group.updates for group in origin.groups] == [1, 1, 1], "what came later is no part of it"
 
 
 def test_the_card_has_the_story_of_both_rounds(federation: Federation, tmp_path: Path) -> None:

@@ -118,17 +118,6 @@ async def stop_while_it_waits(trainer: TrainerProcess) -> None:
     assert working.cancelled()
 
 
-async def test_processes_that_have_loaded_different_models_do_not_work_together(
-    trainer: TrainerProcess, tmp_path: Path
-) -> None:
-    (tmp_path / "differs").touch()
-    with pytest.raises(TaskFailed, match="process 1 has loaded another base model than process 0") as failed:
-        await trainer.load(load(tmp_path))
-    assert failed.value.word == "model_error"
-    assert len(pids(tmp_path)) == 2
-    assert have_ended(tmp_path)
-
-
 def test_a_group_ends_with_its_agent(tmp_path: Path) -> None:
     agent = f"""
         import asyncio, os, signal
@@ -149,15 +138,22 @@ def test_a_group_ends_with_its_agent(tmp_path: Path) -> None:
     assert have_ended(tmp_path)
 
 
-async def test_accelerate_launches_a_group_which_ends_with_its_first_process(tmp_path: Path) -> None:
+async def test_accelerate_launches_a_group_that_shards_and_says_why_it_ends(tmp_path: Path) -> None:
     config = tmp_path / "accelerate.yaml"
-    config.write_text("distributed_type: MULTI_GPU\nnum_processes: 2\nnum_machines: 1\nmachine_rank: 0\n")
+    config.write_text(
+        "distributed_type: FSDP\nnum_processes: 2\nnum_machines: 1\nmachine_rank: 0\n"
+        "fsdp_config:\n  fsdp_version: 2\n  fsdp_reshard_after_forward: true\n"
+    )
     trainer = TrainerProcess(60, MEMBER, LaunchConfig(accelerate_config=config))
     try:
         await trainer.load(load(tmp_path))
+        assert environments(tmp_path) == ["", ""]
         assert (await ask(trainer, "well")).num_examples == 3
-        with pytest.raises((TrainerDied, TaskFailed)):
-            await ask(trainer, "die@0")
+        with pytest.raises(
+            TaskFailed, match="process 1 of 2: MemoryError; with a sharded base the group ends"
+        ) as failed:
+            await ask(trainer, "out_of_memory_in_a_pass@1")
+        assert failed.value.word == "out_of_memory"
         assert have_ended(tmp_path)
     finally:
         await trainer.stop()

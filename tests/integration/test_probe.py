@@ -70,18 +70,22 @@ async def test_a_language_model_is_measured_for_the_coordinator_that_answers(
         adapter__global_rank=8,
         training__batch_size=2,
         training__lora_dropout=0.1,
+        ranks__policy="hardware",
+        ranks__levels=[8, 2],
+        ranks__memory_share=0.8,
     )
     async with serving(config) as address:
         settings = write_worker(tmp_path, model, address)
-        status = await run("probe", "--config", str(settings), "--levels", "2,8", "--steps", "3", "--format", "json")
+        status = await run("probe", "--config", str(settings), "--steps", "3", "--format", "json")
         shown = capsys.readouterr()
     assert status == 0, shown.err
     said = json.loads(shown.out[shown.out.index("{\n") :])  # before it is what the coordinator logs here
-    probe = read_probe(tmp_path / "state")
+    probe = read_probe(tmp_path / "state" / "probe.json")
     assert probe is not None
     assert probe.proposal is not None
     assert (probe.proposal.lora_rank, probe.proposal.micro_batch) == (8, 2)
     assert (probe.base_model_digest, probe.lora_dropout, probe.batch_size) == (digest_of_weights(model), 0.1, 2)
+    assert probe.memory_share == 0.8
     assert all(m.peak_bytes > 50 * MIB for m in probe.measurements)
     assert [(level["rank"], level["fits"]) for level in said["levels"]] == [(2, True), (8, True)]
     assert said["proposal"] == json.loads((tmp_path / "state" / FILE_NAME).read_text())["proposal"]

@@ -1,6 +1,7 @@
 """The best adapter in a whole coordinator without a network: kept from the sweep, served, exported, warned of."""
 
 import asyncio
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -101,6 +102,30 @@ async def test_the_best_adapter_is_exported_when_it_becomes_the_best_and_once_af
     assert exports.rounds.empty()
 
 
+async def test_what_is_being_exported_outlives_the_next_best_and_a_sweep(tmp_path: Path) -> None:
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def export(published: PublishedAdapter) -> None:
+        if published.round == 1:
+            begun.set()
+            assert may_go_on.wait(30)
+
+    config = scored(tmp_path)
+    async with running(CoordinatorService(config, MemoryJournal(), blobs_of(config), on_best=export)) as ada:
+        service = ada.service
+        try:
+            first = await play(ada, 0.25)
+            assert await asyncio.to_thread(begun.wait, 30)
+            await play(ada, 0.5)
+            await play(ada, 0.5)
+            await service._publisher.sweep()
+            assert service.engine.state.best is not None
+            assert service.engine.state.best.round == 2
+            assert first in service.blobs.digests()
+        finally:
+            may_go_on.set()
+
+
 async def test_the_status_names_the_best_round_and_what_is_left_of_the_patience(tmp_path: Path) -> None:
     config = scored(tmp_path, evaluation__patience=2)
     async with running(CoordinatorService(config, MemoryJournal(), blobs_of(config))) as ada:
@@ -145,7 +170,7 @@ def test_what_counts_is_among_the_rules_but_not_frozen(tmp_path: Path) -> None:
     ("evaluation", "metric", "is_larger_better"),
     [
         ({}, "accuracy", True),
-        ({"metric": "perplexity"}, "perplexity", False),
+        ({"metric": "perplexity", "goal": "minimize"}, "perplexity", False),
         ({"metric": "token_loss"}, "token_loss", False),
         ({"metric": "token_loss", "goal": "maximize"}, "token_loss", True),
         ({"method": "generation"}, "exact_match", True),

@@ -17,7 +17,8 @@ from worker.config import DataConfig, ModelConfig
 from worker.trainer.causal import CausalLanguageModel, LanguagePreparation
 from worker.trainer.data import DataError, Row, load_data
 from worker.trainer.model import load_model
-from worker.trainer.tasks import ModelError, task_named
+from worker.trainer.task import ModelError
+from worker.trainer.tasks import task_named
 from worker.trainer_protocol import ModelOrder
 
 pytestmark = pytest.mark.torch
@@ -84,6 +85,28 @@ def test_the_prompt_is_tokenized_as_it_will_be_in_generation(llama: Path, base: 
     together = preparation.tokenizer("Ada has 3 apples.")["input_ids"]
     prompt = list(preparation.prompt(record))
     assert list(preparation.example(record)["input_ids"][: len(prompt)]) == prompt != together[: len(prompt)]
+
+
+def test_an_end_that_the_tokenizer_adds_by_itself_stands_neither_before_the_answer_nor_twice(
+    llama: Path, folder: Path, base: Any
+) -> None:
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": EOS, "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {EOS: {"id": EOS, "ids": [1], "tokens": [EOS]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    plain, eager = prepared(llama, base), prepared(folder, base)
+    assert eager.tokenizer("2 + 3?")["input_ids"][-1] == eager.tokenizer.eos_token_id, "or nothing is shown"
+    question = row(prompt="2 + 3?", response="5")
+    assert list(eager.prompt(question)) == list(plain.prompt(question))
+    assert list(eager.answer(question, "5")) == list(plain.answer(question, "5"))
+    for record in (question, row(text="2 + 3 = 5")):
+        assert texts(eager, record) == texts(plain, record)
+    said = row(prompt=f"Say {EOS}", response="5")  # the site's own, at the end of a prompt, stays
+    assert list(plain.prompt(said))[-1] == plain.tokenizer.eos_token_id
 
 
 def test_of_a_plain_text_everything_is_learnt_but_the_first_token(llama: Path, base: Any) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from worker.config import DataConfig, ModelConfig
 from worker.trainer import language_trainer
 from worker.trainer.data import LocalData, load_data
 from worker.trainer.model import AdaptedModel, load_model, read_adapter, write_adapter
-from worker.trainer.tasks import Preparation
+from worker.trainer.task import Preparation
 from worker.trainer.training import Diverged, Outcome, Pruning, evaluate, train
 from worker.trainer_protocol import ModelOrder
 
@@ -62,16 +63,19 @@ class Site:
         return initial_adapter(self.model.spec, 4, seed=5)
 
 
-def site_of(folder: Path, *, dtype: Any = "auto", order: ModelOrder = LLAMA_ORDER, **data: Any) -> Site:
-    model = load_model(ModelConfig(path=str(folder), device="cpu", dtype=dtype, offline=True), order)
+def site_of(
+    folder: Path, *, dtype: Any = "auto", quantization: Any = "none", order: ModelOrder = LLAMA_ORDER, **data: Any
+) -> Site:
+    config = ModelConfig(path=str(folder), device="cpu", dtype=dtype, quantization=quantization, offline=True)
+    model = load_model(config, order)
     # Of unequal lengths, so that a mean over examples is not a mean over tokens.
     rows = [{**row, "answer": " ".join([row["answer"]] * (1 + n % 4))} for n, row in enumerate(word_problems(24))]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = DataConfig(
+    columns = DataConfig(
         train=str(folder / "train.jsonl"), holdout=0.25, prompt_column="question", response_column="answer", **data
     )
-    preparation = model.task.prepare(model.folder, model.base, model.labels, config)
-    return Site(model, preparation, load_data(config, preparation, seed=1, offline=True))
+    preparation = model.task.prepare(model.folder, model.base, model.labels, columns)
+    return Site(model, preparation, load_data(columns, preparation, seed=1, offline=True))
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +240,20 @@ def test_a_bfloat16_base_repeats_itself_and_keeps_lora_in_float32(tmp_path: Path
     assert first == second
     assert {p.dtype for p in site.model.live.parameters() if p.requires_grad} == {torch.float32}
     assert "forward" not in vars(site.model.base)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra quantized")
+def test_over_a_quantised_base_lora_stays_float32(folder: Path) -> None:
+    quantised = site_of(folder, quantization="4bit", max_length=200)
+    start = quantised.start()
+    trained, outcome = quantised.trained(start)
+    assert np.isfinite(outcome.metrics["train_loss"])
+    assert {p.dtype for p in quantised.model.live.parameters() if p.requires_grad} == {torch.float32}
+    for name, factors in trained.modules.items():
+        for array, before in ((factors.lora_A, start.modules[name].lora_A), (factors.lora_B, 0.0)):
+            assert np.isfinite(array).all()
+            assert (array != before).any()
+            assert (array.view(np.uint32) & 0xFFFF).any(), "numbers that bfloat16 could hold have been rounded to it"
 
 
 def test_a_head_that_is_trained_whole_learns(tmp_path: Path) -> None:

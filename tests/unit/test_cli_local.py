@@ -1,12 +1,19 @@
-"""`raflora local` before anything is started: settings that cannot be run together on one machine."""
+"""`raflora local` but for its processes: settings that cannot be run together, and what is told of the last round."""
 
+import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from canned_coordinator import summary
 from coordinators import settings_of, to_toml
+from raflora.v1 import status_pb2
+from rich.console import Console
 
 from cli.errors import ExitCode
+from cli.local import Places, as_json, metrics_table
+from cli.local_federation import Story
 from cli.main import main
 
 
@@ -66,3 +73,58 @@ def test_a_federation_with_certificates_is_told_to_leave_them_out(
     path = federation()
     path.write_text(path.read_text() + f'\n[server.identity]\nfolder = "{tmp_path}/authority"\n')
     assert "take [server.identity] out" in complaint(capsys, path)
+
+
+def test_without_workers_it_says_what_to_give(
+    federation: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "give a worker.toml for each site" in complaint(capsys, federation())
+
+
+def test_a_setting_of_the_federation_can_be_overridden(
+    federation: Callable[..., Path], worker: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = complaint(capsys, federation(), worker("a.toml", "ada", "a"), "--set", "rounds.min_clients=7")
+    assert "1 workers that train, but rounds.min_clients is 7" in said
+
+
+def told() -> status_pb2.RoundSummary:
+    found = summary(3)
+    del found.evaluations[:]
+    for name, rank in (("bob", 8), ("ada", 2)):
+        metrics = {"accuracy_norm": 0.5, "eval_loss": 1.25, "token_accuracy": rank / 10}
+        found.evaluations.add(client_id=name, lora_rank=rank, num_examples=40, metrics=metrics)
+    return found
+
+
+def test_metrics_are_written_as_on_every_screen() -> None:
+    shown = StringIO()
+    Console(file=shown, width=80).print(metrics_table(told()))
+    lines = [" ".join(line.split()) for line in shown.getvalue().splitlines()]
+    assert lines == [
+        "site rank examples accuracy_norm eval_loss token_accuracy",
+        "ada 2 40 50.0 % 1.250 20.0 %",
+        "bob 8 40 50.0 % 1.250 80.0 %",
+    ]
+
+
+def test_a_script_gets_the_last_round_s_metrics_and_energies() -> None:
+    story = Story("raflora", rounds=[summary(2), told()], total_seconds=12.34)
+    found = json.loads(json.dumps(as_json("moods", story, Places(Path("logs"), Path("made"))), allow_nan=False))
+    assert (found["federation"], found["rounds"], found["last_round"], found["seconds"]) == ("moods", 2, 3, 12.3)
+    assert [(site["site"], site["rank"]) for site in found["sites"]] == [("ada", 2), ("bob", 8)]
+    assert found["sites"][0]["metrics"]["eval_loss"] == 1.25
+    assert sum(partition["energy_share"] for partition in found["energies"]) == pytest.approx(1.0)
+    assert (found["logs"], found["adapter"]) == ("logs", "made")
+
+
+def test_a_federation_that_was_over_already_has_no_round_to_tell() -> None:
+    found = as_json("moods", Story("raflora"), Places(Path("logs"), None))
+    assert (found["rounds"], found["sites"], found["energies"], found["adapter"]) == (0, [], [], None)
+
+
+def test_a_metric_that_is_no_number_is_null() -> None:
+    story = Story("raflora", rounds=[told()])
+    story.rounds[0].evaluations[0].metrics["eval_loss"] = float("nan")
+    sites = {site["site"]: site["metrics"] for site in as_json("moods", story, Places(Path("logs"), None))["sites"]}
+    assert (sites["bob"]["eval_loss"], sites["ada"]["eval_loss"]) == (None, 1.25)

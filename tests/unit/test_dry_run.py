@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import BERT_ORDER, LLAMA_ORDER, MOODS, VIT_ORDER, save_bert, save_vit, tiny_llama
 
 from common.errors import InvalidRequest
 from worker.config import DataConfig, ModelConfig, WorkerConfig
+from worker.trainer import dry_run
 from worker.trainer.dry_run import Bench, load_bench, longest_example, measure
 from worker.trainer.features import FeatureClassifier, FeatureConfig
 from worker.trainer.model import read_adapter
@@ -71,8 +73,7 @@ def test_a_language_model_is_measured_on_as_many_tokens_as_the_settings_allow(tm
     bench = bench_of(tiny_llama(tmp_path, longest=40), LLAMA_ORDER, max_length=32)
     assert (len(bench.example["input_ids"]), len(bench.example["labels"])) == (32, 32)
     assert measure(bench, run(LLAMA_ORDER, 2), ignore).seconds > 0
-    longer = bench_of(tmp_path, LLAMA_ORDER, max_length=64)
-    assert len(longer.example["input_ids"]) == 40, "the model has no more positions"
+    assert len(longest_example(bench.model, 64)["input_ids"]) == 40, "the model has no more positions"
 
 
 def test_a_text_is_as_long_as_model_and_tokenizer_take_it(tmp_path: Path) -> None:
@@ -112,6 +113,12 @@ def test_nothing_is_learnt_and_every_step_is_told(wide: Bench) -> None:
     trained = read_adapter(wide.model)
     assert trained.rank == 4
     assert not trained.modules["body.projection"].lora_B.any()
+
+
+def test_the_time_of_a_step_is_the_median_after_the_warm_up(wide: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = iter((7.0, 107.0, 108.0, 110.0, 113.0))  # the second step takes 100 s, then 1, 2 and 3
+    monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=lambda: next(ends)))
+    assert measure(wide, run(FEATURES_ORDER, 4, steps=5), ignore).seconds == 2.0
 
 
 def test_steps_that_are_all_warm_up_are_refused(wide: Bench) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_models import LLAMA_ORDER, PLAN, VIT_ORDER, random_adapter, save_vit, side_images, tiny_llama, word_problems
+from torch import nn
 
 from common.adapter import Adapter
 from common.codec import encode
@@ -19,7 +20,7 @@ from worker.trainer import process as trainer
 from worker.trainer.data import DataError, load_data
 from worker.trainer.evaluation import Pace, TestData, WrongMethod, evaluate_by
 from worker.trainer.generation import Prompted, generate, log_likelihoods
-from worker.trainer.model import AdaptedModel, load_model, read_adapter, write_adapter
+from worker.trainer.model import AdaptedModel, load_model, read_adapter, set_dropout, write_adapter
 from worker.trainer.training import train
 from worker.trainer_protocol import (
     CHOICE,
@@ -261,6 +262,30 @@ def test_what_is_trained_after_an_evaluation_has_the_same_bytes(site: Site, plan
     assert trained(site, start, tests) == expected
     write_adapter(site.model, start, scaling=0.5)
     assert site.measure(plan, tests) == before, "and training changes nothing of how it is measured"
+
+
+def test_dropout_of_the_training_before_it_counts_for_nothing(site: Site) -> None:
+    adapter = random_adapter(site.model.spec, 4)
+    tests = site.tests([row | {"response": CITIES[row["answer"]]} for row in questions(*[0, 1, 2] * 4)])
+    asked: Any = tests.preparation
+    given = [Prompted(asked.prompt(row), asked.answer(row, city)) for row in tests.data.test_rows for city in CITIES]
+
+    def measured() -> tuple[Any, list[float]]:
+        likelihoods = log_likelihoods(site.model, given, batch=4, report=lambda *_: None)
+        return site.measure(EvaluationPlan(CHOICE), tests), likelihoods
+
+    write_adapter(site.model, adapter, scaling=0.5)
+    site.model.live.eval()
+    expected = measured()
+    try:
+        todo: Any = {"collator": asked.collator, "memory_batch": None, "report": lambda *_: None}
+        train(site.model, tests.data.test, replace(PLAN, lora_dropout=0.5, local_steps=1), **todo)
+        write_adapter(site.model, adapter, scaling=0.5)
+        assert any(isinstance(each, nn.Dropout) and each.p == 0.5 for each in site.model.live.modules())
+        site.model.live.train()
+        assert [measured(), measured()] == [expected, expected]
+    finally:
+        set_dropout(site.model, 0.0)
 
 
 # --- in the trainer

@@ -2,18 +2,19 @@
 
 from io import StringIO
 
+import pytest
 from canned_coordinator import summary, training
 from raflora.v1 import status_pb2 as pb
 from rich.console import Console, RenderableType
 
-from cli.evaluation_screen import best_line, evaluation_lines, evaluations_table, headline
+from cli.evaluation_screen import best_line, evaluation_lines, evaluations_table, headline, value_of
 from cli.screens import round_line, status_screen
 
 
 def drawn(screen: RenderableType) -> list[str]:
-    console = Console(file=StringIO(), width=80, markup=False, highlight=False, color_system=None)
-    console.print(screen)
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+    shown = StringIO()
+    Console(file=shown, width=80, markup=False, highlight=False, color_system=None).print(screen)
+    return [line.rstrip() for line in shown.getvalue().splitlines()]
 
 
 def evaluated(number: int = 3) -> pb.RoundSummary:
@@ -45,6 +46,21 @@ def test_a_language_model_has_no_accuracy_but_a_loss_or_an_exact_match() -> None
     assert "  accuracy -  loss 2.500  " in str(round_line(loss_only, 9))
     exact = pb.RoundSummary(round=1, federated_metrics={"exact_match": 0.25, "eval_loss": 2.5})
     assert "  exact_match 25.0 %  loss 2.500  " in str(round_line(exact, 9))
+
+
+@pytest.mark.parametrize("share", ["accuracy", "accuracy_norm", "exact_match", "token_accuracy"])
+def test_every_share_of_right_answers_is_percent(share: str) -> None:
+    assert value_of({share: 0.25}, share) == "25.0 %"
+
+
+def test_what_is_no_share_is_a_number_and_what_is_not_measured_a_dash() -> None:
+    assert value_of({"eval_loss": 2.5}, "eval_loss") == "2.500"
+    assert value_of({"eval_loss": 2.5}, "accuracy") == "-"
+
+
+def test_token_accuracy_is_no_headline() -> None:
+    found = pb.RoundSummary(federated_metrics={"eval_loss": 2.5, "token_accuracy": 0.5})
+    assert headline(found) == ("accuracy", "-")
 
 
 def test_evaluators_alone_measure_nothing_of_the_clients() -> None:

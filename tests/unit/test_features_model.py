@@ -15,7 +15,7 @@ from common.codec import encode
 from worker.config import ModelConfig
 from worker.trainer.features import FeatureClassifier, collate_features
 from worker.trainer.model import AdaptedModel, load_model, read_adapter, write_adapter
-from worker.trainer.tasks import ModelError
+from worker.trainer.task import ModelError
 from worker.trainer.training import Outcome, evaluate, train
 
 pytestmark = pytest.mark.torch

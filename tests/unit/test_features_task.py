@@ -20,7 +20,8 @@ from worker.config import DataConfig, ModelConfig
 from worker.trainer.data import DataError, Row, load_data
 from worker.trainer.features import collate_features
 from worker.trainer.model import load_model, read_adapter, write_adapter
-from worker.trainer.tasks import Preparation, task_named
+from worker.trainer.task import Preparation
+from worker.trainer.tasks import task_named
 from worker.trainer.training import train
 
 pytestmark = pytest.mark.torch

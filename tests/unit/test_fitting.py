@@ -23,7 +23,7 @@ from worker.trainer.data import load_data
 from worker.trainer.fitting import MicroBatch, OutOfMemory, largest_divisor, loaded
 from worker.trainer.model import load_model
 from worker.trainer.process import _Session, _Trainer
-from worker.trainer_protocol import Load, Train, Trained, to_line
+from worker.trainer_protocol import Evaluate, Evaluated, Load, Train, Trained, to_line
 
 pytestmark = pytest.mark.torch
 
@@ -126,18 +126,24 @@ class TooManyAtOnce:
         return self.collator(examples)
 
 
-def trained_with(folder: Path, *, fits: int) -> tuple[list[Trained], list[Adapter]]:
-    """Two rounds of a trainer in whose memory so many examples fit, and the factors of each."""
+def trainer_with(folder: Path, *, fits: int) -> tuple[_Trainer, _Session, TooManyAtOnce]:
+    """A trainer in whose memory so many examples fit."""
     data_config = DataConfig(train=str(folder / "train.jsonl"), holdout=0.25)
     config = WorkerConfig(model=ModelConfig(path=str(folder), device="cpu", offline=True), data=data_config)
     model = load_model(config.model, VIT_ORDER)
     preparation: Any = model.task.prepare(model.folder, model.base, model.labels, config.data)
     data = load_data(config.data, preparation, seed=1, offline=True)
-    preparation.collator = TooManyAtOnce(preparation.collator, fits)
+    memory = preparation.collator = TooManyAtOnce(preparation.collator, fits)
     trainer = _Trainer(lambda _: None, threading.Event())
     # Not by a Load, which sets up logs and warnings for a whole process.
     session = trainer._session = _Session(config, model, preparation, data, 1, MicroBatch(), MicroBatch())
     write_slice(folder, random_adapter(session.model.spec, 4))
+    return trainer, session, memory
+
+
+def trained_with(folder: Path, *, fits: int) -> tuple[list[Trained], list[Adapter]]:
+    """Two rounds of such a trainer, and the factors of each."""
+    trainer, session, _ = trainer_with(folder, fits=fits)
     answers, factors = [], []
     for _ in range(2):
         answer = trainer.answer(to_line(train_order(folder)))
@@ -176,6 +182,21 @@ def test_the_trainer_begins_again_from_the_slice_and_trains_the_same_batch(vit: 
     for name, factors in expected.modules.items():
         np.testing.assert_array_equal(one.modules[name].lora_B, other.modules[name].lora_B)
         np.testing.assert_allclose(one.modules[name].lora_B, factors.lora_B, atol=1e-3)
+
+
+def test_training_and_evaluation_each_remember_what_fitted_them(vit: Path) -> None:
+    trainer, session, memory = trainer_with(vit, fits=2)
+    test = to_line(Evaluate(str(vit / "slice"), 4, 1.0, "float32"))
+    assert isinstance(trainer.answer(test), Evaluated)
+    assert (session.evaluating.at_most, session.training.at_most) == (2, None)
+    memory.fits = 4
+    answer = trainer.answer(to_line(train_order(vit)))
+    assert isinstance(answer, Trained)
+    assert answer.metrics["micro_batch"] == 4
+    assert session.evaluating.at_most == 2
+    memory.fits = 1
+    assert isinstance(trainer.answer(to_line(train_order(vit))), Trained)
+    assert (session.evaluating.at_most, session.training.at_most) == (2, 1)
 
 
 LIMITED = """

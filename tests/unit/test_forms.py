@@ -6,15 +6,19 @@ from typing import get_args
 import pytest
 
 from common.errors import InvalidRequest
-from coordinator.config import BaseModelConfig, EvaluationConfig
+from coordinator.config import BaseModelConfig, EvaluationConfig, TrainingConfig
 from worker.config import KNOWN_TASKS
 from worker.forms import (
     MAX_BATCH_SIZE,
     MAX_EVALUATED_EXAMPLES,
     MAX_HEARTBEAT_SECONDS,
     MAX_LABELS,
+    MAX_LAYER_PATTERNS,
     MAX_LAYERS,
     MAX_NEW_TOKENS,
+    MAX_RANK,
+    MAX_RANK_LEVELS,
+    MAX_WARMUP_STEPS,
     check_place,
     check_task,
     check_welcome,
@@ -98,6 +102,20 @@ def test_what_rounds_will_ask_for_is_within_bounds() -> None:
             check_welcome(replace(WELCOME, lora_dropout=dropout))
 
 
+def test_the_operator_s_levels_and_share_are_within_bounds() -> None:
+    most = tuple(range(1, MAX_RANK_LEVELS + 1))
+    check_welcome(replace(WELCOME, rank_levels=most, memory_share=1.0))
+    check_welcome(replace(WELCOME, rank_levels=(1, MAX_RANK), memory_share=0.0))
+    with pytest.raises(InvalidRequest, match="handshake: 65 rank levels; at most 64 are taken"):
+        check_welcome(replace(WELCOME, rank_levels=(*most, 65)))
+    for level in (0, MAX_RANK + 1):
+        with pytest.raises(InvalidRequest, match=f"handshake: rank level {level}; expected: 1 to 4096"):
+            check_welcome(replace(WELCOME, rank_levels=(level,)))
+    for share in (-0.1, 1.1, float("nan"), float("inf")):
+        with pytest.raises(InvalidRequest, match="handshake: memory_share"):
+            check_welcome(replace(WELCOME, memory_share=share))
+
+
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
@@ -112,6 +130,43 @@ def test_text_is_cleaned_and_cut(text: str, clean: str) -> None:
     assert Polled((), is_finished=False, status_sentence=text).status_sentence == clean
     assert replace(PLACE, status_sentence=text).status_sentence == clean
     assert replace(MODEL, base_model=text).base_model == clean
+
+
+def test_patterns_are_fewer_than_layers() -> None:
+    most = tuple(f"layers.{number}.*_proj" for number in range(MAX_LAYER_PATTERNS))
+    check_welcome(replace(WELCOME, model=replace(MODEL, target_modules=(*most, "query", "value"))))
+    with pytest.raises(InvalidRequest, match="handshake: 65 patterns; at most 64 are taken"):
+        check_welcome(replace(WELCOME, model=replace(MODEL, target_modules=(*most, "*.q_proj"))))
+
+
+# --- training
+
+
+def training(**changes: object) -> Task:
+    task = evaluation(EvaluationPlan(), TaskKind.TRAIN)
+    return replace(task, plan=replace(task.plan, **changes))  # type: ignore[arg-type]
+
+
+def test_a_plan_at_its_bounds_is_taken() -> None:
+    check_task(training(lora_dropout=0.999, warmup_steps=MAX_WARMUP_STEPS))
+    (most,) = [m.le for m in TrainingConfig.model_fields["warmup_steps"].metadata if hasattr(m, "le")]
+    assert most == MAX_WARMUP_STEPS, "what the operator may write, a worker takes"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lora_dropout": 1.0}, "lora_dropout 1.0; expected: at least 0 and below 1"),
+        ({"lora_dropout": -0.1}, "lora_dropout -0.1; expected"),
+        ({"lora_dropout": float("nan")}, "lora_dropout nan; expected"),
+        ({"warmup_steps": MAX_WARMUP_STEPS + 1}, "warmup_steps 1048577; expected: 0 to 1048576"),
+        ({"warmup_steps": -1}, "warmup_steps -1; expected"),
+    ],
+)
+def test_a_plan_that_cannot_be_meant_is_refused(changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        check_task(training(**changes))
+    assert f"round 3: {sentence}" in str(refusal.value)
 
 
 # --- evaluations

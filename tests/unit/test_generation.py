@@ -13,9 +13,9 @@ from tiny_models import LLAMA_ORDER, LLAMA_VOCABULARY, random_adapter, save_bpe,
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from worker.config import ModelConfig
-from worker.trainer.generation import Prompted, generate, log_likelihoods, longest_text
+from worker.trainer.generation import Prompted, generate, log_likelihoods
 from worker.trainer.model import AdaptedModel, load_model, write_adapter
-from worker.trainer.tasks import tokenizer_in
+from worker.trainer.task import longest_input, tokenizer_in
 
 pytestmark = pytest.mark.torch
 
@@ -103,7 +103,7 @@ def test_what_the_checkpoint_says_of_sampling_and_penalties_counts_for_nothing(
 
 def test_of_a_prompt_that_leaves_no_room_the_end_counts(model: AdaptedModel, tokenizer: Any) -> None:
     long = [0, *range(60, 160)]
-    assert longest_text(model) == 64
+    assert longest_input(model.base) == 64
     (text,) = generate(model, [long], tokenizer=tokenizer, max_new_tokens=4, batch=1, report=lambda *_: None)
     assert text == tokenizer.decode(greedy(model, long[-60:], 4), skip_special_tokens=True)
 

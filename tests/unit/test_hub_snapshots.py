@@ -14,7 +14,7 @@ from worker.config import DataConfig, ModelConfig
 from worker.trainer import base_model
 from worker.trainer.base_model import digest_of_weights, resolve_folder
 from worker.trainer.model import load_model
-from worker.trainer.tasks import ModelError
+from worker.trainer.task import ModelError
 
 pytestmark = pytest.mark.torch
 

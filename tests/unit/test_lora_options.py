@@ -85,3 +85,8 @@ def test_a_pattern_of_another_kind_is_refused(tmp_path: Path, override: str, mes
 def test_a_section_that_is_none_is_told_as_one() -> None:
     with pytest.raises(ConfigError, match=r"--set adapter: adapter: .*valid dictionary"):
         load_settings(CoordinatorConfig, None, overrides=["adapter=everything"], environ={})
+
+
+def test_the_page_on_models_names_every_refused_option() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data-and-models.md").read_text(encoding="utf-8")
+    assert [option for option in WHY_REFUSED if f"`{option}`" not in page] == []

@@ -12,7 +12,7 @@ from common.codec import Layout, WireDtype
 from common.errors import BaseModelMismatch, ConfigError, CorruptStore, SpecMismatch
 from coordinator.federation.state import RankPolicy
 from coordinator.founding import check_base_model, check_spec
-from coordinator.manifest import Manifest, check_unchanged, read_spec_file
+from coordinator.manifest import Manifest, check_unchanged, read_spec_file, rules_of
 
 
 def manifest_of(folder: Path, **changes: Any) -> Manifest:
@@ -116,7 +116,9 @@ def test_the_layout_is_that_of_the_wire(tmp_path: Path) -> None:
 
 def test_the_rules_are_the_state_machine_s_part(tmp_path: Path) -> None:
     changes = {"ranks__policy": "cycle", "ranks__levels": [2, 4], "rounds__quorum": 2}
-    rules = manifest_of(tmp_path, **changes).rules
+    manifest = manifest_of(tmp_path, **changes)
+    rules = manifest.rules
+    assert rules == rules_of(config_of(tmp_path, **changes)), "a plan goes by the rules of the federation to come"
     assert (rules.num_rounds, rules.global_rank, rules.min_clients, rules.quorum) == (2, 8, 3, 2)
     assert (rules.rank_policy, rules.rank_levels) == (RankPolicy.CYCLE, (2, 4))
 

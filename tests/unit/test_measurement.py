@@ -82,15 +82,20 @@ def test_where_noise_says_that_memory_falls_the_line_is_flat_at_the_larger() -> 
     assert line_through([taken(8, 110), taken(16, 100)]) == Line(base_bytes=110, bytes_per_rank=0, deviation=0.0)
 
 
+def test_a_flat_line_lies_above_both_ends() -> None:
+    # 3/8 of a byte a rank are none.
+    assert line_through([taken(8, 100), taken(16, 103)]) == Line(base_bytes=103, bytes_per_rank=0, deviation=0.0)
+
+
 def test_one_rank_gives_no_line() -> None:
     with pytest.raises(ValueError, match="two ranks"):
         line_through([taken(8, 100), taken(8, 110)])
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
-    assert read_probe(tmp_path) is None
+    assert read_probe(tmp_path / FILE_NAME) is None
     assert write_probe(tmp_path / "new", PROBE) == tmp_path / "new" / FILE_NAME
-    assert read_probe(tmp_path / "new") == PROBE
+    assert read_probe(tmp_path / "new" / FILE_NAME) == PROBE
 
 
 @pytest.mark.parametrize(
@@ -106,7 +111,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_used_is_named_with_what_to_do(tmp_path: Path, content: str, complaint: str) -> None:
     (tmp_path / FILE_NAME).write_text(content)
     with pytest.raises(ConfigError, match="run `raflora probe") as caught:
-        read_probe(tmp_path)
+        read_probe(tmp_path / FILE_NAME)
     assert complaint in str(caught.value)
     assert str(tmp_path / FILE_NAME) in str(caught.value)
 
@@ -133,6 +138,11 @@ def test_a_rank_of_one_s_own_stays_and_what_was_measured_goes_with_it(tmp_path: 
     assert (settled.config.rank, settled.config.batch_size) == (8, 4)
     assert settled.measured is not None
     assert settled.examples_per_second == 8.0
+
+
+def test_no_more_is_held_at_one_time_than_the_probe_proposed(tmp_path: Path) -> None:
+    settled = settle(worker(probed(tmp_path, memory_batch=6), batch_size=6), WELCOME)
+    assert settled.config.batch_size == 4
 
 
 def test_the_site_s_largest_rank_has_the_last_word(tmp_path: Path) -> None:

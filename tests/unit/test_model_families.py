@@ -21,8 +21,9 @@ from torch import nn
 from common.adapter import Adapter, slice_adapter
 from worker.config import ModelConfig
 from worker.peft_format import write_peft_folder
-from worker.trainer.model import AdaptedModel, digest_of_weights, load_model, read_adapter, write_adapter
-from worker.trainer.tasks import ModelError
+from worker.trainer.base_model import digest_of_weights
+from worker.trainer.model import AdaptedModel, load_model, read_adapter, write_adapter
+from worker.trainer.task import ModelError
 from worker.trainer_protocol import ModelOrder
 
 pytestmark = pytest.mark.torch

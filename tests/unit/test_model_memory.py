@@ -28,17 +28,10 @@ from torch import nn
 
 from common.adapter import Adapter
 from worker.config import DataConfig, ModelConfig
+from worker.trainer.base_model import digest_of_weights
 from worker.trainer.data import load_data
-from worker.trainer.model import (
-    AdaptedModel,
-    digest_of_weights,
-    live_factors,
-    load_model,
-    read_adapter,
-    set_dropout,
-    write_adapter,
-)
-from worker.trainer.tasks import ModelError
+from worker.trainer.model import AdaptedModel, live_factors, load_model, read_adapter, set_dropout, write_adapter
+from worker.trainer.task import ModelError
 from worker.trainer.training import evaluate, train
 from worker.trainer_protocol import ModelOrder
 

@@ -8,7 +8,7 @@ import transformers
 from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
 from worker.trainer.targets import _matching, layers_of_the_base, resolve_targets
-from worker.trainer.tasks import ModelError
+from worker.trainer.task import ModelError
 from worker.trainer_protocol import ModelOrder
 
 pytestmark = pytest.mark.torch

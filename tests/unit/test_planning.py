@@ -16,15 +16,24 @@ from coordinator.config import CoordinatorConfig
 from coordinator.federation.state import Measured, Profile
 from coordinator.footprint import (
     FRAMEWORK_BYTES,
+    MAX_LOGITS_BYTES,
     BaseFacts,
     StepSetting,
     footprint_of,
     lora_numbers,
     trained_numbers,
 )
-from coordinator.planning import FederationPlan, Links, Question, Site, plan_federation, training_seconds
+from coordinator.planning import (
+    AGGREGATION_FLOPS,
+    FederationPlan,
+    Links,
+    Question,
+    Site,
+    plan_federation,
+    training_seconds,
+)
 
-GB = 10**9
+GIB = 1 << 30
 HIDDEN, KEY_VALUE, INNER, LAYERS = 3072, 1024, 8192, 28  # LLaMA-3.2-3B
 SIDES = {  # out_features, in_features
     "q": (HIDDEN, HIDDEN),
@@ -191,6 +200,37 @@ def test_more_of_anything_needs_no_less_memory(
     assert least < footprint_of(spec, rank, LLAMA, replace(setting, dtype="float32")).total_bytes
 
 
+def logits_bytes(micro_batch: int, **changes: Any) -> int:
+    """What a language model's step holds more than the same step without a head over the vocabulary."""
+    setting = replace(STEP, micro_batch=micro_batch, **changes)
+    classifier = replace(setting, is_language_model=False)
+    return footprint_of(SMALL, 4, LLAMA, setting).activation_bytes - (
+        footprint_of(SMALL, 4, LLAMA, classifier).activation_bytes
+    )
+
+
+def test_logits_count_until_there_are_so_many_that_they_are_made_in_tiles() -> None:
+    # 512 tokens of 128,256 words are 250.5 MiB in float32: held at once, unlike those of two examples.
+    assert logits_bytes(1) == 14 * 512 * LLAMA.vocabulary
+    assert logits_bytes(2) == logits_bytes(64) == logits_bytes(2, tokens=4096) == 896 << 20
+
+
+@pytest.mark.torch
+def test_the_trainer_makes_logits_in_tiles_above_the_same_size() -> None:
+    language_trainer = pytest.importorskip("worker.trainer.language_trainer")
+    assert language_trainer.MAX_LOGITS_BYTES == MAX_LOGITS_BYTES
+
+
+def test_what_checkpointing_keeps_is_counted_by_hand() -> None:
+    base = BaseFacts(parameters=1000, hidden_size=64, layers=2)
+    setting = StepSetting(micro_batch=2, tokens=16)
+    adapted = 4 * ((12 + 4) + (20 + 4))  # lora_A's input and output in float32, of both layers
+    assert footprint_of(SMALL, 4, base, setting).activation_bytes == 32 * (2 * 34 * 64 + adapted)
+    # Of every layer its input, and one layer with its half of the adapted ones at a time.
+    checkpointed = replace(setting, checkpoints_gradients=True)
+    assert footprint_of(SMALL, 4, base, checkpointed).activation_bytes == 32 * (2 * 2 * 64 + 34 * 64 + adapted // 2)
+
+
 def test_a_model_of_patches_decides_itself_how_long_an_example_is() -> None:
     vit = replace(LLAMA, tokens=197, vocabulary=0)
     short, long = replace(STEP, tokens=16), replace(STEP, tokens=4096)
@@ -228,6 +268,16 @@ def test_more_processes_and_fewer_sites_aggregate_sooner() -> None:
     alone = planned(sites, spec, **changes).aggregation_seconds
     assert planned(sites, spec, aggregation__processes=4, **changes).aggregation_seconds == pytest.approx(alone / 4)
     assert 0 < planned(sites[:3], spec, **changes).aggregation_seconds < alone
+
+
+def test_the_work_of_an_aggregation_is_counted_by_hand() -> None:
+    spec = AdapterSpec((ModuleShape("a.query", 16, 12),))
+    plan = planned([site("ada", 4)], spec, rounds__min_clients=1)
+    # A stack of width 4: a QR of either side (4 m n^2 - 4/3 n^3) and the way back to rank 8 (2 m n r) ...
+    sides = (4 * 16 * 16 - 4 / 3 * 64 + 2 * 16 * 4 * 8) + (4 * 12 * 16 - 4 / 3 * 64 + 2 * 12 * 4 * 8)
+    # ... then the product and the SVD of a core of 4 x 4.
+    core = 2 * 4 * 4 * 4 + 22 * 4**2 * 4
+    assert plan.aggregation_seconds == pytest.approx((sides + core) / AGGREGATION_FLOPS, rel=1e-12)
 
 
 # ---------------------------------------------------------------- the collapse, and warnings
@@ -273,12 +323,12 @@ def test_lone_and_missing_owners_are_warned_of_partition_by_partition() -> None:
 
 
 def test_what_cannot_work_is_warned_of() -> None:
-    measured = Measured(10 * GB, GB // 8, 4)
-    tight = site("ada", 8, memory_bytes=12 * GB, measured=measured, examples_per_second=0.01)
-    room = site("bob", 8, memory_bytes=24 * GB, measured=measured, examples_per_second=9.0)
+    measured = Measured(10 * GIB, GIB // 8, 4)
+    tight = site("ada", 8, memory_bytes=12 * GIB, measured=measured, examples_per_second=0.01)
+    room = site("bob", 8, memory_bytes=24 * GIB, measured=measured, examples_per_second=9.0)
     few, large, late = planned([tight, room]).warnings
     assert few == "2 sites, but rounds.min_clients is 3: no round would open"
-    assert large == ("ada: a step at rank 8 takes 11.0 GB as probed, which is more than 90% of the device's 12.0 GB")
+    assert large == ("ada: a step at rank 8 takes 11.0 GiB as probed, which is more than 90% of the device's 12.0 GiB")
     assert late.startswith("a round takes about 20,")
 
 

@@ -42,7 +42,7 @@ BY_EPOCHS = replace(PLAN, local_steps=0, local_epochs=2.0)
 
 
 def check(task: Task, num_examples: int = 20) -> None:
-    check_task(POLICY, task, max_rank=8, num_examples=num_examples)
+    check_task(POLICY, task, max_rank=8, num_examples=num_examples, num_test_examples=20)
 
 
 def test_a_task_at_every_bound_is_allowed() -> None:
@@ -73,7 +73,7 @@ def test_a_task_outside_a_bound_is_refused_with_what_was_found_and_what_is_allow
 
 def test_the_policy_bounds_the_rank_even_if_more_was_offered() -> None:
     with pytest.raises(PolicyRefused, match="rank 8; 1 to 4"):
-        check_task(SitePolicy(max_rank=4), TASK, max_rank=8, num_examples=20)
+        check_task(SitePolicy(max_rank=4), TASK, max_rank=8, num_examples=20, num_test_examples=20)
 
 
 def test_an_evaluation_trains_nothing_so_its_plan_does_not_matter() -> None:
@@ -93,17 +93,46 @@ def test_an_evaluation_trains_nothing_so_its_plan_does_not_matter() -> None:
 def test_the_policy_bounds_what_is_generated(policy: SitePolicy, plan: EvaluationPlan, is_allowed: bool) -> None:
     task = replace(TASK, kind=TaskKind.EVALUATE, evaluation=plan)
     if is_allowed:
-        check_task(policy, task, max_rank=8, num_examples=20)
+        check_task(policy, task, max_rank=8, num_examples=20, num_test_examples=20)
     else:
         asked, most = plan.max_new_tokens, policy.max_new_tokens
         with pytest.raises(PolicyRefused, match=f"asks for new tokens {asked}; at most {most} is allowed here"):
-            check_task(policy, task, max_rank=8, num_examples=20)
+            check_task(policy, task, max_rank=8, num_examples=20, num_test_examples=20)
+
+
+@pytest.mark.parametrize(
+    ("most", "there_are", "sentence"),
+    [
+        (0, 500, ""),
+        (500, 500, ""),
+        (501, 500, ""),
+        (1, 9_999, "on at most so many examples: 1; at least 500 (min_examples) is allowed here"),
+        (499, 9_999, "examples: 499; at least 500"),
+        (0, 499, "asks for an evaluation, but there are 499 test examples here and min_examples is 500"),
+        (9_999, 499, "there are 499 test examples"),
+        (0, 0, "there are 0 test examples"),
+    ],
+)
+def test_no_metric_is_that_of_a_few_records(most: int, there_are: int, sentence: str) -> None:
+    task = replace(TASK, kind=TaskKind.EVALUATE, evaluation=EvaluationPlan(LOSS, max_examples=most))
+    few, many = SitePolicy(), SitePolicy(min_examples=500)
+    for is_evaluator in (False, True):
+        bounds: dict[str, Any] = {"max_rank": 8, "num_examples": 9_999, "evaluates_only": is_evaluator}
+        if there_are:
+            check_task(few, task, num_test_examples=there_are, **bounds)
+        if not sentence:
+            check_task(many, task, num_test_examples=there_are, **bounds)
+            continue
+        with pytest.raises(PolicyRefused) as refusal:
+            check_task(many, task, num_test_examples=there_are, **bounds)
+        assert sentence in str(refusal.value)
 
 
 def test_an_evaluator_trains_nothing_and_evaluates() -> None:
-    check_task(POLICY, replace(TASK, kind=TaskKind.EVALUATE), max_rank=8, num_examples=20, evaluates_only=True)
+    bounds: dict[str, Any] = {"max_rank": 8, "num_examples": 20, "num_test_examples": 20, "evaluates_only": True}
+    check_task(POLICY, replace(TASK, kind=TaskKind.EVALUATE), **bounds)
     with pytest.raises(PolicyRefused, match="round 3 asks for training; this worker is an evaluator"):
-        check_task(POLICY, TASK, max_rank=8, num_examples=20, evaluates_only=True)
+        check_task(POLICY, TASK, **bounds)
 
 
 def test_steps_of_whole_and_part_epochs() -> None:

@@ -78,9 +78,20 @@ async def test_the_share_of_the_memory_is_kept_to_the_byte() -> None:
         answer = await propose(question(checkpointings=(False,)), Machine(memory_bytes).measure)
         assert answer.proposal is not None
         assert answer.proposal.lora_rank == rank
-    answer = await propose(question(checkpointings=(False,), memory_share=0.5), Machine(2 * 1740).measure)
+    for memory_bytes, rank in ((2 * 1740, 64), (2 * 1739, 32)):
+        asked = question(checkpointings=(False,), memory_share=0.5)
+        answer = await propose(asked, Machine(memory_bytes).measure)
+        assert answer.proposal is not None
+        assert answer.proposal.lora_rank == rank
+
+
+async def test_a_micro_batch_that_two_smaller_ones_say_is_too_large_is_not_tried() -> None:
+    # At rank 64: 1640 + 100 m, so 2040 for four.
+    machine = Machine(1900)
+    answer = await propose(question(checkpointings=(False,)), machine.measure)
     assert answer.proposal is not None
-    assert answer.proposal.lora_rank == 64
+    assert answer.proposal.micro_batch == 2
+    assert [size for _, size, *_ in machine.asked] == [1, 1, 2, 2, 2, 2]
 
 
 async def test_levels_that_the_line_says_are_too_large_are_not_tried() -> None:

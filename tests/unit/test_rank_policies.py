@@ -17,14 +17,14 @@ from coordinator.stores.entry import Entry
 from coordinator.stores.event_codec import event_of, snapshot_of, state_of
 from coordinator.warnings import warnings_of
 
-GB = 10**9
+GIB = 1 << 30
 LEVELS = (8, 16, 32, 48, 64)
 HARDWARE = replace(RULES, global_rank=64, rank_policy=RankPolicy.HARDWARE, rank_levels=LEVELS)
-MEASURED = Measured(base_bytes=int(11.2 * GB), bytes_per_rank=int(0.2 * GB), micro_batch=4)
+MEASURED = Measured(base_bytes=int(11.2 * GIB), bytes_per_rank=int(0.2 * GIB), micro_batch=4)
 
 
 def granted(
-    memory_bytes: int = 24 * GB, max_rank: int = 64, measured: Measured | None = MEASURED, **rules: object
+    memory_bytes: int = 24 * GIB, max_rank: int = 64, measured: Measured | None = MEASURED, **rules: object
 ) -> Grant:
     profile = Profile(max_rank, 10, memory_bytes=memory_bytes, measured=measured)
     return grant_rank(replace(HARDWARE, **rules), "gpu-1", profile, order=0)  # type: ignore[arg-type]
@@ -79,32 +79,32 @@ def test_cycle(order: int, max_rank: int, grant: Grant) -> None:
 
 
 def test_hardware_grants_the_largest_level_that_fits() -> None:
-    # 90 % of 24 GB is 21.6 GB: rank 48 takes 11.2 + 9.6 = 20.8 GB, rank 64 takes 24.0 GB.
+    # 90 % of 24 GiB is 21.6 GiB: rank 48 takes 11.2 + 9.6 = 20.8 GiB, rank 64 takes 24.0 GiB.
     assert granted() == Grant(
         48,
-        "hardware: 48 of 8, 16, 32, 48, 64 is the largest that fits 90 % of 24.0 GB "
-        "(measured 11.2 GB + 200.0 MB a rank)",
+        "hardware: 48 of 8, 16, 32, 48, 64 is the largest that fits 90 % of 24.0 GiB "
+        "(measured 11.2 GiB + 204.8 MiB a rank)",
     )
 
 
 @pytest.mark.parametrize(("room", "rank"), [(208, 48), (207, 32), (240, 64), (239, 48)])
 def test_what_fits_exactly_fits(room: int, rank: int) -> None:
-    assert granted(memory_bytes=room * GB // 10, memory_share=1.0).rank == rank
+    assert granted(memory_bytes=room * GIB // 10, memory_share=1.0).rank == rank
 
 
 def test_hardware_grants_no_level_above_what_is_declared() -> None:
-    assert granted(memory_bytes=80 * GB, max_rank=40) == Grant(
+    assert granted(memory_bytes=80 * GIB, max_rank=40) == Grant(
         32,
-        "hardware: 64 of 8, 16, 32, 48, 64 fits 90 % of 80.0 GB (measured 11.2 GB + 200.0 MB a rank), "
+        "hardware: 64 of 8, 16, 32, 48, 64 fits 90 % of 80.0 GiB (measured 11.2 GiB + 204.8 MiB a rank), "
         "but 32 is the largest level not above what it declares (40)",
     )
 
 
 def test_where_nothing_fits_the_smallest_level_is_granted_and_said_to_be_too_large() -> None:
-    grant = granted(memory_bytes=8 * GB)
+    grant = granted(memory_bytes=8 * GIB)
     assert grant.rank == 8
     assert grant.reason == (
-        "hardware: none of 8, 16, 32, 48, 64 fits 90 % of 8.0 GB (measured 11.2 GB + 200.0 MB a rank); "
+        "hardware: none of 8, 16, 32, 48, 64 fits 90 % of 8.0 GiB (measured 11.2 GiB + 204.8 MiB a rank); "
         "the smallest level 8 may run out of memory"
     )
 
@@ -120,9 +120,9 @@ def test_who_declares_less_than_the_smallest_level_gets_what_it_declares() -> No
 
 # ---------------------------------------------------------------- what holds for every policy
 
-SIZES = st.integers(0, 200 * GB)
+SIZES = st.integers(0, 200 * GIB)
 RANKS = st.integers(1, 300)
-MEASUREMENTS = st.none() | st.builds(Measured, st.integers(0, 100 * GB), st.integers(0, GB), st.just(1))
+MEASUREMENTS = st.none() | st.builds(Measured, st.integers(0, 100 * GIB), st.integers(0, GIB), st.just(1))
 PROFILES = st.builds(Profile, max_rank=RANKS, num_examples=st.just(10), memory_bytes=SIZES, measured=MEASUREMENTS)
 POLICIES = st.builds(
     lambda policy, levels, global_rank, share: replace(
@@ -151,7 +151,7 @@ def test_a_rank_is_never_above_what_is_declared_or_the_global_one_and_always_has
     assert grant == grant_rank(rules, name, profile, order)  # type: ignore[arg-type]
 
 
-@given(profile=PROFILES, more=st.integers(0, 100 * GB), levels=st.lists(RANKS, min_size=1, max_size=6))
+@given(profile=PROFILES, more=st.integers(0, 100 * GIB), levels=st.lists(RANKS, min_size=1, max_size=6))
 def test_more_memory_never_lowers_a_rank(profile: Profile, more: int, levels: list[int]) -> None:
     rules = replace(HARDWARE, rank_levels=tuple(levels), global_rank=300)
     larger = replace(profile, memory_bytes=profile.memory_bytes + more)
@@ -171,19 +171,19 @@ def hardware(**rules: object) -> State:
     return founded(**{"rank_policy": RankPolicy.HARDWARE, "rank_levels": (2, 4, 8), "quorum": 1, **rules})
 
 
-# 1 GB and 1 GB a rank: levels 2, 4 and 8 take 3, 5 and 9 GB.
-SMALL = Measured(GB, GB, 1)
+# 1 GiB and 1 GiB a rank: levels 2, 4 and 8 take 3, 5 and 9 GiB.
+SMALL = Measured(GIB, GIB, 1)
 
 
 def test_a_larger_device_changes_the_rank_of_the_next_round_and_leaves_the_open_one() -> None:
-    joined = [probed(name, 4 * GB, max_rank=8, measured=SMALL) for name in (ADA, BOB, CEM)]
+    joined = [probed(name, 4 * GIB, max_rank=8, measured=SMALL) for name in (ADA, BOB, CEM)]
     state = after(*joined, start=hardware())
     assert [part.rank for part in opened(state).assignments] == [2, 2, 2]
-    state = after(probed(BOB, 10 * GB, max_rank=8, measured=SMALL), start=state)
+    state = after(probed(BOB, 10 * GIB, max_rank=8, measured=SMALL), start=state)
     assert [part.rank for part in opened(state).assignments] == [2, 2, 2]
     bob = state.clients[BOB]
     assert (bob.rank, bob.rank_reason) == (
-        8, "hardware: 8 of 2, 4, 8 is the largest that fits 90 % of 10.0 GB (measured 1.0 GB + 1.0 GB a rank)"
+        8, "hardware: 8 of 2, 4, 8 is the largest that fits 90 % of 10.0 GiB (measured 1.0 GiB + 1.0 GiB a rank)"
     )  # fmt: skip
 
 
@@ -196,17 +196,21 @@ def test_an_operators_rank_stays_whatever_the_client_brings_and_says_so() -> Non
     reason = "set by the operator to 5, but never above what it declares (3)"
     assert (state.clients[CEM].rank, state.clients[CEM].rank_reason) == (3, reason)
     assert after(joins(CEM, max_rank=3), start=state) == state
-    state = after(joins(CEM, max_rank=6), start=state)
-    assert (state.clients[CEM].rank, state.clients[CEM].rank_reason) == (3, "set by the operator")
+    lowered = "set by the operator, then lowered to 3 when it declared no more; `raflora set-rank` raises it again"
+    for declared in (6, 8, 3):
+        state = after(joins(CEM, max_rank=declared), start=state)
+        assert (state.clients[CEM].rank, state.clients[CEM].rank_reason) == (3, lowered)
+    state = after(joins(CEM, max_rank=8), SetRank(CEM, 6), joins(CEM, max_rank=7), start=state)
+    assert (state.clients[CEM].rank, state.clients[CEM].rank_reason) == (6, "set by the operator")
 
 
 def test_the_levels_that_hardware_can_grant_are_levels_of_the_federation() -> None:
-    assert after(probed(ADA, 4 * GB, measured=SMALL), start=hardware()).rank_levels == (2, 4, 8)
+    assert after(probed(ADA, 4 * GIB, measured=SMALL), start=hardware()).rank_levels == (2, 4, 8)
     assert after(joins(ADA, max_rank=3), start=founded()).rank_levels == (3,)
 
 
 def test_the_status_names_who_has_not_been_measured() -> None:
-    state = after(probed(ADA, 4 * GB, measured=SMALL), probed(BOB, 4 * GB, measured=None), start=hardware())
+    state = after(probed(ADA, 4 * GIB, measured=SMALL), probed(BOB, 4 * GIB, measured=None), start=hardware())
     (warning,) = [w for w in warnings_of(state, MethodOptions("raflora")) if w.startswith("not measured")]
     assert warning.startswith("not measured: bob; ranks.policy hardware gives the smallest level until `raflora probe`")
     assert not [w for w in warnings_of(after(joins(ADA), start=founded()), MethodOptions("raflora")) if "measured" in w]
@@ -228,7 +232,7 @@ def test_the_status_names_who_has_not_been_measured() -> None:
 )
 def test_a_measurement_that_no_device_has_is_refused(changes: dict[str, object], sentence: str) -> None:
     with pytest.raises(InvalidRequest, match=sentence) as refused:
-        after(probed(ADA, 4 * GB, measured=replace(MEASURED, **changes)), start=hardware())  # type: ignore[arg-type]
+        after(probed(ADA, 4 * GIB, measured=replace(MEASURED, **changes)), start=hardware())  # type: ignore[arg-type]
     assert len(str(refused.value)) < 300
 
 
@@ -259,6 +263,6 @@ def test_a_journal_of_an_older_version_loads_and_its_clients_have_no_reason_yet(
 
 
 def test_a_snapshot_keeps_measurement_and_reason() -> None:
-    state = after(probed(ADA, 10 * GB, measured=SMALL), start=hardware())
+    state = after(probed(ADA, 10 * GIB, measured=SMALL), start=hardware())
     assert state_of(snapshot_of(state)) == state
     assert state.clients[ADA].rank == 8

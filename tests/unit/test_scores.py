@@ -1,10 +1,12 @@
 """What evaluations come to: means by hand, which adapter is the best, and when hope is given up."""
 
 from math import inf, isnan, nan
+from typing import Any
 
 import pytest
 
 from coordinator.federation.scores import (
+    MAX_NAMES,
     Score,
     best_after,
     counted_value,
@@ -67,6 +69,48 @@ def test_what_is_no_number_counts_for_nothing(bad: float) -> None:
 def test_the_order_of_the_names_decides_nothing() -> None:
     parts = [(f"c{i}", 2, Evaluation(10**i, {"accuracy": 0.1 + 0.07 * i})) for i in range(9)]
     assert scores_of(record(*parts)).federated == scores_of(record(*parts[::-1])).federated
+
+
+class Watched(dict[str, float]):
+    """Metrics that count how often they are read from end to end."""
+
+    reads = 0
+
+    def items(self) -> Any:
+        self.reads += 1
+        return super().items()
+
+    def __getitem__(self, name: str) -> float:
+        raise AssertionError(f"{name} is looked up by itself: every name in every client's metrics")
+
+    def get(self, name: str, default: float = nan) -> float:  # type: ignore[override]
+        assert name == "accuracy", "a name that does not count is looked up"
+        return super().get(name, default)
+
+
+def test_names_of_each_client_s_own_make_no_more_work_than_common_ones() -> None:
+    metrics = [Watched({"accuracy": 0.5} | {f"own_{i}_{n}": 1.0 for n in range(63)}) for i in range(30)]
+    many = record(*((f"c{i}", 1 + i, Evaluation(10, told)) for i, told in enumerate(metrics)))
+    assert counted_value(many, ACCURACY) == 0.5
+    assert {told.reads for told in metrics} == {0}, "only the metric that counts is looked at"
+    scores_of(many)
+    assert {told.reads for told in metrics} == {3}, "for the names, for the whole and for the rank"
+
+
+def test_a_round_reports_the_names_that_most_told_and_of_equals_the_first() -> None:
+    common = {"zeal": 0.5, **{f"m{i:02}": 1.0 for i in range(40)}}
+    found = record(
+        ("ada", 2, Evaluation(10, {**common, **{f"b{i:02}": 1.0 for i in range(23)}})),
+        ("bob", 4, Evaluation(10, {**common, **{f"a{i:02}": 1.0 for i in range(10)}})),
+        ("eve", 8, Evaluation(10, {"rouge": 0.25}, is_central=True)),
+    )
+    scores = scores_of(found)
+    expected = sorted([*common, *(f"a{i:02}" for i in range(10)), *(f"b{i:02}" for i in range(13))])
+    assert len(expected) == MAX_NAMES
+    assert list(scores.federated.metrics) == expected
+    assert {name for _, score in scores.by_rank for name in score.metrics} == set(expected)
+    assert scores.central.metrics == {"rouge": 0.25}
+    assert counted_value(found, Stopping("b22")) == 1.0, "what counts needs no room in a report"
 
 
 # ---------------------------------------------------------------- the best

@@ -19,7 +19,7 @@ from common.settings import data_folder
 from simulation.encoder import SplitEncoder, features_of, load_encoder, minilm_folder, write_base
 from simulation.prepare import FeatureExamples
 from worker.trainer.features import FeatureClassifier, collate_features
-from worker.trainer.tasks import ModelError
+from worker.trainer.task import ModelError
 
 pytestmark = pytest.mark.torch
 

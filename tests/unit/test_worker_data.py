@@ -27,7 +27,8 @@ from worker.trainer.data import (
     load_data,
     read_rows,
 )
-from worker.trainer.tasks import ImageClassification, LabelColumn, Preparation, SequenceClassification
+from worker.trainer.task import Preparation
+from worker.trainer.tasks import ImageClassification, LabelColumn, SequenceClassification
 
 TEXTS = [{"text": "good film", "label": "happy"}, {"text": "bad book", "label": "sad"}] * 10
 

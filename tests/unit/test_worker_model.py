@@ -17,15 +17,9 @@ from common.adapter import Adapter, Factors, initial_adapter, slice_adapter
 from common.errors import AdapterMismatch, InvalidRequest
 from worker.config import DataConfig, ModelConfig
 from worker.peft_format import CONFIG_FILE, write_peft_folder
-from worker.trainer.model import (
-    AdaptedModel,
-    describe_model,
-    digest_of_weights,
-    load_model,
-    read_adapter,
-    write_adapter,
-)
-from worker.trainer.tasks import ModelError
+from worker.trainer.base_model import digest_of_weights
+from worker.trainer.model import AdaptedModel, describe_model, load_model, read_adapter, write_adapter
+from worker.trainer.task import ModelError
 from worker.trainer_protocol import ModelOrder
 
 pytestmark = pytest.mark.torch

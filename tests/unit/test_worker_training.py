@@ -28,7 +28,7 @@ from common.errors import InvalidRequest
 from worker.config import DataConfig, ModelConfig
 from worker.trainer.data import LocalData, load_data
 from worker.trainer.model import AdaptedModel, live_factors, load_model, read_adapter, write_adapter
-from worker.trainer.tasks import Preparation
+from worker.trainer.task import Preparation
 from worker.trainer.training import Diverged, Outcome, Pruning, evaluate, train
 from worker.trainer_protocol import ModelOrder
 

@@ -17,7 +17,8 @@ from worker.trainer_protocol import LAST_NUMBER
 
 _MARK = "####"  # GSM8K's, before the answer
 # "-1,234.50" and "$.5"; the minus of "7-2" is no sign.
-_NUMBER = re.compile(r"(?:(?<![\w.)])-)?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+_MINUS = "\u2212"  # as LaTeX and books print it
+_NUMBER = re.compile(rf"(?:(?<![\w.)])[-{_MINUS}])?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 _FEWEST_CHOICES = 2
 _SHOWN = 5  # choices in a message
 
@@ -67,7 +68,7 @@ def choices_of(row: Row, config: DataConfig) -> Choices:
 
 
 def _decimal(found: str) -> Decimal:
-    return Decimal(found.replace("$", "").replace(",", ""))
+    return Decimal(found.replace("$", "").replace(",", "").replace(_MINUS, "-"))
 
 
 def _texts_and_labels(value: Any, where: str) -> tuple[Sequence[Any], Sequence[Any]]:

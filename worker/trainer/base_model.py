@@ -20,7 +20,8 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from worker.config import ModelConfig
 from worker.trainer.fitting import is_out_of_memory
 from worker.trainer.targets import is_linear, is_under, layers_of_the_base
-from worker.trainer.tasks import ModelError, task_named
+from worker.trainer.task import ModelError
+from worker.trainer.tasks import task_named
 from worker.trainer_protocol import ModelOrder
 
 _WEIGHTS = "model.safetensors"

@@ -1,4 +1,4 @@
-"""Benchmarks of a finished adapter through lm-eval, on this machine: the base model with a PEFT folder on it.
+"""Benchmarks of a finished adapter through lm-eval, on this machine: a base model with a PEFT folder on it, or merged.
 
 Weights come from safetensors files only and no model's code is run. A task may load its data set from the hub;
 nothing is sent anywhere, and nothing here knows a federation.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError, RafloraError
-from worker.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from worker.config import ModelConfig
 from worker.trainer.quiet import silence_libraries
 
 _SHOWN = 5  # names in an error message
@@ -31,11 +31,12 @@ class BenchmarkFailed(RafloraError):
 class Benchmark:
     """What to evaluate, on what, and how."""
 
-    adapter: Path  # a PEFT folder
-    base_model: str  # a local folder or a hub id
+    folder: Path  # of an adapter, as PEFT has it, or of a whole model
+    base_model: str  # a local folder or a hub id; empty: `folder` is a whole model
     tasks: tuple[str, ...]  # lm-eval's names, also of groups
     include_path: Path | None = None  # a folder with tasks of one's own
-    revision: str = "main"  # of the base model
+    base_model_digest: str = ""  # that its weights must have; empty: not known
+    revision: str | None = None  # of the base model
     dtype: str = "auto"
     device: str = "auto"
     batch_size: int = 8
@@ -60,15 +61,15 @@ class Score:
 
 def run_benchmark(benchmark: Benchmark) -> list[Score]:
     """All scores, in the tasks' order; seeds are lm-eval's own. Raises ConfigError or BenchmarkFailed."""
-    _check_adapter(benchmark.adapter)
     _set_up_libraries(offline=benchmark.offline)
     import lm_eval  # noqa: PLC0415 # seconds, and only after the network is closed
 
     device = _device_of(benchmark)
     manager = _manager_of(benchmark)
+    base = _base_folder(benchmark)
     try:
         results = lm_eval.simple_evaluate(
-            model=_model_of(benchmark, device),
+            model=_model_of(benchmark, base, device),
             tasks=list(benchmark.tasks),
             task_manager=manager,
             num_fewshot=benchmark.num_fewshot,
@@ -79,17 +80,31 @@ def run_benchmark(benchmark: Benchmark) -> list[Score]:
     except Exception as error:
         # lm-eval, transformers and peft raise whatever they meet; to the caller all mean the same.
         raise BenchmarkFailed(
-            f"lm-eval could not evaluate {benchmark.adapter} on {benchmark.base_model}: {_quote(error)}"
+            f"lm-eval could not evaluate {benchmark.folder} on {benchmark.base_model or 'its own'}: {_quote(error)}"
         ) from error
     return _scores_of(results)
 
 
-def _check_adapter(folder: Path) -> None:
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
-    if missing:
+def _base_folder(benchmark: Benchmark) -> Path:
+    """Where the weights below the adapter lie, or the whole model's. Raises ConfigError if they are other weights."""
+    from worker.trainer.base_model import digest_of_weights, resolve_folder  # noqa: PLC0415
+    from worker.trainer.task import ModelError  # noqa: PLC0415
+
+    if not benchmark.base_model:
+        return benchmark.folder
+    config = ModelConfig(path=benchmark.base_model, revision=benchmark.revision, offline=benchmark.offline)
+    try:
+        folder = resolve_folder(config)
+        found = digest_of_weights(folder) if benchmark.base_model_digest else ""
+    except ModelError as error:
+        raise ConfigError(f"--model {error}") from None
+    if found != benchmark.base_model_digest:
         raise ConfigError(
-            f"{folder}: no PEFT folder, {' and '.join(missing)} is missing; `raflora export {folder}` writes one"
+            f"--model {benchmark.base_model}: its weights have the digest {found}, but the adapter in "
+            f"{benchmark.folder} was trained on {benchmark.base_model_digest}; name that very model (--revision pins "
+            "a commit of the hub)"
         )
+    return folder
 
 
 def _set_up_libraries(*, offline: bool) -> None:
@@ -130,8 +145,8 @@ def _manager_of(benchmark: Benchmark) -> Any:
     return manager
 
 
-def _model_of(benchmark: Benchmark, device: str) -> Any:
-    """The base model with the adapter on it, as lm-eval takes it.
+def _model_of(benchmark: Benchmark, folder: Path, device: str) -> Any:
+    """The model in `folder`, with the adapter on it unless it is merged, as lm-eval takes it.
 
     Not by lm-eval's own `peft=`: that cuts the vocabulary to the tokenizer's size, which changes every likelihood.
     """
@@ -139,13 +154,12 @@ def _model_of(benchmark: Benchmark, device: str) -> Any:
     from peft import PeftModel  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
-    of_the_base: dict[str, Any] = {"revision": benchmark.revision, "trust_remote_code": False}
-    base = AutoModelForCausalLM.from_pretrained(
-        benchmark.base_model, dtype=benchmark.dtype, use_safetensors=True, **of_the_base
-    )
-    model = PeftModel.from_pretrained(base, str(benchmark.adapter)).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(benchmark.base_model, **of_the_base)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=benchmark.batch_size)
+    fixed: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=benchmark.dtype, use_safetensors=True, **fixed)
+    if benchmark.base_model:
+        model = PeftModel.from_pretrained(model, str(benchmark.folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder, **fixed)
+    return HFLM(pretrained=model.to(device), tokenizer=tokenizer, batch_size=benchmark.batch_size)
 
 
 def _knows(manager: Any, tasks: Sequence[str]) -> bool:

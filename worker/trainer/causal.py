@@ -4,8 +4,7 @@ They are made once, when the data is loaded. What a record says is the business 
 are of tokens, and how they are trained of language_trainer.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ from worker.trainer.conversations import (
 )
 from worker.trainer.data import DataError, Example, Prepared, Row
 from worker.trainer.language_trainer import NOT_LEARNT, LanguageCollator, LanguageTrainer, as_dataset, fused_head
-from worker.trainer.task import ModelError, Preparation, tokenizer_in
+from worker.trainer.modes import asked
+from worker.trainer.task import ModelError, Preparation, longest_input, tokenizer_in
 from worker.trainer.tokens import Tokens
 
 log = structlog.get_logger()
@@ -62,8 +62,7 @@ class CausalLanguageModel:
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         _check_model(model, config)
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.max_length
-        most = min(config.max_length, tokenizer.model_max_length, longest)
+        most = min(config.max_length, tokenizer.model_max_length, longest_input(model))
         return LanguagePreparation(Tokens(tokenizer, folder), config, _Limits(most, _num_embeddings(model)))
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -189,7 +188,7 @@ def _check_model(model: Any, config: DataConfig) -> None:
             "target_modules: LoRA on a language model's head (lm_head) is not trained here, for the head is computed "
             "without its layer to save memory; leave it out, or train it whole with modules_to_save"
         )
-    with _asked(model):
+    with asked(model):
         _check_head(model)
         if config.packing:
             _check_packing(model)
@@ -229,15 +228,3 @@ def _check_packing(model: Any) -> None:
 def _tokens_to_try(model: Any, count: int) -> torch.Tensor:
     """[1, count], different from each other as far as there are so many."""
     return torch.arange(1, count + 1, device=model.device)[None] % _num_embeddings(model)
-
-
-@contextmanager
-def _asked(model: Any) -> Iterator[None]:
-    modes: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training

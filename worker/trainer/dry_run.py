@@ -21,7 +21,7 @@ from worker.config import WorkerConfig
 from worker.trainer.data import Example
 from worker.trainer.fitting import free_memory
 from worker.trainer.model import AdaptedModel, load_model, write_adapter
-from worker.trainer.tasks import Collator, tokenizer_in
+from worker.trainer.task import Collator, longest_input, tokenizer_in
 from worker.trainer.training import Report, train
 from worker.trainer_protocol import DryRun, ModelOrder, Plan
 
@@ -180,9 +180,7 @@ def _plan(run: DryRun) -> Plan:
 
 def _most_tokens(model: AdaptedModel, max_length: int) -> int:
     """As many as a text is cut to: by the settings, by the tokenizer, by the model's positions."""
-    config: Any = model.base.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or max_length
-    return int(min(max_length, positions, tokenizer_in(model.folder).model_max_length))
+    return int(min(max_length, longest_input(model.base), tokenizer_in(model.folder).model_max_length))
 
 
 def _pair(size: Any) -> tuple[int, int]:

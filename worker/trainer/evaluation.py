@@ -16,11 +16,11 @@ from common.errors import InvalidRequest, RafloraError
 from worker.config import DataConfig
 from worker.trainer.answers import choices_of, substance
 from worker.trainer.data import DataError, LocalData, Row
-from worker.trainer.generation import Prompted, generate, log_likelihoods, longest_text
+from worker.trainer.generation import Prompted, generate, log_likelihoods
 from worker.trainer.group import ALONE, Group
 from worker.trainer.group_training import share_of
 from worker.trainer.model import AdaptedModel
-from worker.trainer.tasks import Preparation
+from worker.trainer.task import Preparation, longest_input
 from worker.trainer.training import Diverged, Report, evaluate
 from worker.trainer_protocol import CHOICE, GENERATION, LOSS, EvaluationPlan
 
@@ -134,7 +134,7 @@ class _Work:
 
 def _by_generation(work: _Work, answering: Answering, rows: Sequence[Row]) -> dict[str, float]:
     """`exact_match` beside the losses, which cost little and tell of a model that diverged before it babbles."""
-    plan, longest = work.plan, longest_text(work.model)
+    plan, longest = work.plan, longest_input(work.model.base)
     if plan.max_new_tokens >= longest:
         raise WrongMethod(
             f"evaluation of {plan.max_new_tokens} new tokens: this model reads and writes at most {longest} in all; "

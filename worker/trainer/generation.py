@@ -14,6 +14,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from worker.trainer.model import AdaptedModel
+from worker.trainer.modes import asked
+from worker.trainer.task import longest_input
 from worker.trainer.training import Report
 
 Tokens = Sequence[int]
@@ -45,15 +47,19 @@ def generate(
         eos_token_id=ends or None,
         pad_token_id=filler,
     )
-    room = longest_text(model) - max_new_tokens
+    room = longest_input(model.base) - max_new_tokens
     said = [""] * len(prompts)
     batches = _batches([len(prompt) for prompt in prompts], batch)
-    with _asked(model), _general_settings(model.base):
+    with asked(model.live), _general_settings(model.base):
         for done, numbers in enumerate(batches):
             ids, mask = _padded([prompts[n][-room:] for n in numbers], filler, model.device, on_left=True)
             heard = StoppingCriteriaList([_Heard(partial(report, done, len(batches), 0.0))])
             out = model.base.generate(
-                input_ids=ids, attention_mask=mask, generation_config=settings, stopping_criteria=heard
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                stopping_criteria=heard,
+                synced_gpus=False,  # each process of a group has prompts of its own
             )
             for number, tokens in zip(numbers, out[:, ids.shape[1] :].tolist(), strict=True):
                 said[number] = tokenizer.decode(_until(tokens, ends), skip_special_tokens=True)
@@ -63,11 +69,11 @@ def generate(
 
 def log_likelihoods(model: AdaptedModel, given: Sequence[Prompted], *, batch: int, report: Report) -> list[float]:
     """The natural logarithm of each answer's probability after its prompt. `report` is called after every batch."""
-    longest = longest_text(model)
+    longest = longest_input(model.base)
     texts = [[*one.prompt, *one.answer][-longest:] for one in given]
     found = [0.0] * len(given)
     batches = _batches([len(text) for text in texts], batch)
-    with _asked(model):
+    with asked(model.live):
         for done, numbers in enumerate(batches):
             ids, mask = _padded([texts[n] for n in numbers], 0, model.device, on_left=False)
             logits = model.base(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -80,11 +86,6 @@ def log_likelihoods(model: AdaptedModel, given: Sequence[Prompted], *, batch: in
     return found
 
 
-def longest_text(model: AdaptedModel) -> int:
-    """How many tokens the model reads and writes at most, in all."""
-    return int(getattr(model.base.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
-
-
 class _Heard(StoppingCriteria):
     """Stops nothing by itself: what it calls after every token may raise."""
 
@@ -95,20 +96,6 @@ class _Heard(StoppingCriteria):
         """One token more for each of the batch."""
         self._hear()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-@contextmanager
-def _asked(model: AdaptedModel) -> Iterator[None]:
-    """While it lasts the model is in evaluation mode and keeps no gradients; then every layer is as it was."""
-    modes = [(module, module.training) for module in model.live.modules()]
-    model.live.eval()
-    try:
-        # Not inference_mode: what a model keeps from here (a table of positions) could never be trained through.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
 
 
 @contextmanager

@@ -12,9 +12,10 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +31,9 @@ _POLL_SECONDS = 0.2  # for a stop
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 _MEMORY, _STOPPED, _FAILED = "out_of_memory", "stopped", "failed"
-_WORDS = (_STOPPED, _MEMORY, _FAILED)
+_FORWARD = "forward"  # what a process says that is about to make a forward pass of a sharded base
+_WORDS = (_STOPPED, _MEMORY, _FAILED, _FORWARD)
+_END = "end"  # the key under which a process says why it ends the group
 _IS_TOLD = "is_told_to_the_group"
 
 _C10D: Any = distributed  # it exports its stores, but not to a type checker
@@ -42,6 +45,13 @@ class GroupBroken(RafloraError):
     """A process of the group ended or hangs; the group is of no use any more."""
 
     reason = "trainer_died"
+    is_the_end: ClassVar[bool] = True
+
+
+class NoMemoryWithinPass(GroupBroken):
+    """Memory ran out while the others wait for this process's part of a layer."""
+
+    reason = "out_of_memory"
 
 
 class FailedElsewhere(RafloraError):
@@ -67,6 +77,8 @@ class Group:
         self.rank = rank
         self.size = size
         self.local_rank = local_rank
+        self.is_to_shard = False  # the launcher says that the base is to be sharded
+        self.accompany: Callable[[], None] | None = None  # of a sharded base: gathers what a forward pass gathers
         self._store = store  # main thread only: a store's client serves one thread at a time
         self._number = 0  # of the request at hand
 
@@ -87,6 +99,7 @@ class Group:
         except Exception as error:
             if not getattr(error, _IS_TOLD, False):
                 setattr(error, _IS_TOLD, True)  # work within work: the others hear of one error once
+                self._check_nobody_waits(error, word_of(error))
                 self._tell(word_of(error), 0)
             raise
         self.agree()
@@ -94,14 +107,16 @@ class Group:
 
     def agree(self, amount: int = 0) -> int:
         """The sum of every process's amount, once all are here and well. Raises as `together`."""
-        told = self._tell("", amount)
-        if told[_STOPPED]:
-            raise StoppedElsewhere("another process of the group was stopped")
-        if told[_MEMORY]:
-            raise NoMemoryElsewhere("another process of the group")
-        if told[_FAILED]:
-            raise FailedElsewhere("another process of the group failed")
-        return told[""]
+        while True:
+            told = self._told_well("", amount)
+            if not told[_FORWARD] or self.accompany is None:
+                return told[""]
+            # Others still compute, and a layer is gathered by all or by nobody.
+            self.accompany()
+
+    def agree_to_pass(self) -> None:
+        """Before a forward pass of a sharded base: the others make one too, or accompany it. Raises as `together`."""
+        self._told_well(_FORWARD, 0)
 
     def add_up(self, tensor: torch.Tensor) -> None:
         """Sums a tensor over the processes, in place; comes after an agreement."""
@@ -144,6 +159,8 @@ class Group:
         self._store.set(f"answer/{self._number}/{self.rank}", to_line(answer))
         if not self.is_first:
             return answer
+        if isinstance(answer, Failed) and answer.fatal:
+            return answer  # the others may wait for this process where they answer nothing
         answers = [answer, *(self._answer_of(rank) for rank in range(1, self.size))]
         # Of many that failed the one to tell of is the one that was not merely told to.
         failed = [(rank, one) for rank, one in enumerate(answers) if isinstance(one, Failed)]
@@ -172,8 +189,36 @@ class Group:
                 "at CUDA_VISIBLE_DEVICES"
             )
 
+    def give_up(self, failed: Failed) -> None:
+        """Another process than 0 says why it ends, though process 0 may wait for it where it hears no answer."""
+        said = Failed(failed.reason, f"process {self.rank} of {self.size}: {failed.message}", fatal=True)
+        self._store.set(_END, to_line(said))
+
     def _answer_of(self, rank: int) -> Answer:
         return answer_from_line(_waited_for(self._store, f"answer/{self._number}/{rank}", MAX_APART_SECONDS))
+
+    def _check_nobody_waits(self, error: Exception, word: str) -> None:
+        """Raises GroupBroken if the error may have come in the middle of a pass, where others wait for a layer."""
+        # What has a name of ours is raised between passes, where all agree on what comes next.
+        if self.accompany is None or isinstance(error, RafloraError):
+            return
+        traceback.print_exception(error)
+        if word == _MEMORY:
+            raise NoMemoryWithinPass(
+                f"{type(error).__name__}; with a sharded base the group ends with it: set batch_size in worker.toml, "
+                "half of what it was, or model.gradient_checkpointing = true"
+            ) from None
+        raise GroupBroken(f"{type(error).__name__}; the worker's log says more") from None
+
+    def _told_well(self, word: str, amount: int) -> dict[str, int]:
+        told = self._tell(word, amount)
+        if told[_STOPPED]:
+            raise StoppedElsewhere("another process of the group was stopped")
+        if told[_MEMORY]:
+            raise NoMemoryElsewhere("another process of the group")
+        if told[_FAILED]:
+            raise FailedElsewhere("another process of the group failed")
+        return told
 
     def _tell(self, word: str, amount: int) -> dict[str, int]:
         """How many processes said which word, and under "" the sum of the amounts."""
@@ -196,6 +241,7 @@ class StopWatch:
         self._store = store  # of this thread's own
         self._stopping = stopping
         self._lock = threading.Lock()
+        self._asking = threading.Lock()  # two threads of process 0 use the store
         self._number = 0
 
     def began(self) -> None:
@@ -206,7 +252,22 @@ class StopWatch:
 
     def say(self, number: int) -> None:
         """Process 0: drop that request, the one that was read as so maniest."""
-        self._store.set("stop", str(number))
+        with self._asking:
+            self._store.set("stop", str(number))
+
+    def await_end(self, say: Callable[[Answer], None]) -> NoReturn:
+        """Process 0, in a thread of its own: passes on why another process ended the group, and ends."""
+        pause = threading.Event()
+        while True:
+            pause.wait(_POLL_SECONDS)
+            try:
+                with self._asking:
+                    line = self._store.get(_END) if self._store.check([_END]) else b""
+            except RuntimeError:
+                _end("the group has ended")
+            if line:
+                say(answer_from_line(bytes(line)))
+                _end("another process of the group gave up")
 
     def listen(self) -> NoReturn:
         """In a thread of its own, for as long as the process lives."""
@@ -224,8 +285,10 @@ class StopWatch:
 
 def join_group(launched: Launched, stopping: threading.Event) -> tuple[Group, StopWatch]:
     """Meets the other processes. Raises ConfigError, or GroupBroken if they do not come."""
-    if launched.is_sharded:
-        raise ConfigError("launch: accelerate was told to shard the model (FSDP, DeepSpeed, Megatron); use multi-GPU")
+    if launched.is_foreign:
+        raise ConfigError(
+            "launch: accelerate was told to leave the model to DeepSpeed or Megatron; use multi-GPU, or FSDP"
+        )
     _end_with_launcher()
 
     def store(*, serves: bool) -> Any:
@@ -251,6 +314,7 @@ def join_group(launched: Launched, stopping: threading.Event) -> tuple[Group, St
 
     own, watched = _kept(meet)
     group = Group(launched.rank, launched.size, launched.local_rank, _C10D.PrefixStore("raflora/requests", own))
+    group.is_to_shard = launched.is_sharded
     return group, StopWatch(group, _C10D.PrefixStore("raflora/requests", watched), stopping)
 
 

@@ -42,15 +42,20 @@ def serve(socket_path: str, worker: Worker) -> int:
     while True:
         line = group.next_request()
         watch.began()
-        group.conclude(work(line))
+        answer = group.conclude(work(line))
+        if isinstance(answer, Failed) and answer.fatal:
+            group.give_up(answer)
+            threading.Event().wait(_LAST_WORDS_SECONDS)
+            return 1
 
 
 def _first(agent: socket.socket, launched: Launched, worker: Worker, stopping: threading.Event) -> int:
-    lines = agent.makefile("rb")
+    lines, saying = agent.makefile("rb"), threading.Lock()
 
     def say(answer: Answer) -> None:
         try:
-            agent.sendall(to_line(answer))
+            with saying:
+                agent.sendall(to_line(answer))
         except OSError:
             os._exit(1)  # not 0: the launcher is to end the others
 
@@ -61,6 +66,7 @@ def _first(agent: socket.socket, launched: Launched, worker: Worker, stopping: t
         say(Failed(error.reason, str(error), fatal=True))
         return 1
     requests = _Requests(lines, watch, stopping)
+    threading.Thread(target=watch.await_end, args=(say,), daemon=True).start()
     work = worker(say, stopping, group)
     while True:
         line = requests.next()

@@ -16,8 +16,9 @@ from peft import PeftModel
 from common.errors import AdapterMismatch
 from worker.config import ModelConfig
 from worker.peft_format import read_peft_folder
-from worker.trainer.model import digest_of_weights, resolve_folder
-from worker.trainer.tasks import ModelError, task_named
+from worker.trainer.base_model import digest_of_weights, resolve_folder
+from worker.trainer.task import ModelError
+from worker.trainer.tasks import task_named
 
 MAX_SHARD_SIZE = "5GB"  # what hubs and file systems take without complaint
 _CONFIG = "config.json"

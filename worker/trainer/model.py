@@ -18,23 +18,12 @@ from common.errors import AdapterMismatch
 from worker import peft_format
 from worker.config import ModelConfig
 from worker.trainer.base_model import device_of, digest_of_weights, is_quantized, load_base, resolve_folder
-from worker.trainer.targets import ALL_LINEAR, is_transposed, resolve_heads, resolve_targets
-from worker.trainer.tasks import ModelError, Task, task_named
+from worker.trainer.group import Group
+from worker.trainer.sharding import check_shardable, shard_base
+from worker.trainer.targets import is_transposed, resolve_heads, resolve_targets
+from worker.trainer.task import ModelError, Task
+from worker.trainer.tasks import task_named
 from worker.trainer_protocol import ModelOrder
-
-__all__ = [
-    "ALL_LINEAR",
-    "AdaptedModel",
-    "describe_model",
-    "device_of",
-    "digest_of_weights",
-    "live_factors",
-    "load_model",
-    "read_adapter",
-    "resolve_folder",
-    "set_dropout",
-    "write_adapter",
-]
 
 _NAMES = ("one", "other")  # a live model changes its rank by changing from one adapter to the other
 _SHOWN = 5  # names in an error message
@@ -62,13 +51,18 @@ class AdaptedModel:
         return self.live.get_base_model()
 
 
-def load_model(config: ModelConfig, order: ModelOrder) -> AdaptedModel:
-    """Loads the base model and puts LoRA of `order.lora_rank` on it. Raises ModelError or InvalidRequest."""
+def load_model(config: ModelConfig, order: ModelOrder, over: Group | None = None) -> AdaptedModel:
+    """Loads the base model and puts LoRA of `order.lora_rank` on it; `over` a group its frozen weights are sharded.
+
+    Raises ModelError or InvalidRequest.
+    """
     task = task_named(order.task)
     folder = resolve_folder(config)
     digest = digest_of_weights(folder)
     device = device_of(config)
     base = load_base(folder, config, order)
+    if over is not None:
+        check_shardable(base, over)
     targets = resolve_targets(base, order)
     heads = resolve_heads(base, order.modules_to_save)
     torch.manual_seed(order.seed % (1 << 63))
@@ -91,7 +85,9 @@ def load_model(config: ModelConfig, order: ModelOrder) -> AdaptedModel:
     if {module.name for module in adapted.spec.modules} != set(targets):
         raise ModelError(f"{config.path}: PEFT adapted other layers than {list(targets[:_SHOWN])}")
     _train_in_float32(live)
-    if not is_quantized(base):
+    if over is not None:
+        shard_base(live, targets, device, over)
+    elif not is_quantized(base):
         live.to(device)
     return adapted
 

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from worker.trainer.dry_run import Bench
     from worker.trainer.group import Group
     from worker.trainer.model import AdaptedModel
-    from worker.trainer.tasks import Preparation
+    from worker.trainer.task import Preparation
     from worker.trainer.training import Outcome
 
 MAX_WAITING_REQUESTS = 4  # an agent asks one thing at a time; more waiting is a mistake of ours
@@ -192,6 +192,7 @@ class _Trainer:
             num_examples=len(data.test) if config.evaluator else data.num_examples,
             device=str(model.device),
             memory_bytes=_memory_bytes(model),
+            num_test_examples=len(data.test),
         )
 
     def _on_own_device(self, config: WorkerConfig) -> WorkerConfig:

@@ -18,4 +18,3 @@ def silence_libraries() -> None:
     # Each has been read, and none is the site's business.
     for module in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it has no verbosity of its own

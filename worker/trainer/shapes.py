@@ -16,7 +16,8 @@ from transformers import AutoConfig
 from common.adapter import AdapterSpec, ModuleShape, TensorShape
 from worker.config import ModelConfig
 from worker.trainer.targets import is_transposed, layers_of_the_base, resolve_heads, resolve_targets
-from worker.trainer.tasks import ModelError, task_named
+from worker.trainer.task import ModelError
+from worker.trainer.tasks import task_named
 from worker.trainer_protocol import ModelOrder
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from worker.trainer.tasks import ModelError
+from worker.trainer.task import ModelError
 from worker.trainer_protocol import ModelOrder
 
 ALL_LINEAR = "all-linear"

@@ -7,11 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
 from transformers import AutoTokenizer, EvalPrediction
 
 from common.errors import RafloraError
 from worker.config import DataConfig
 from worker.trainer.data import Example, Prepared, Row
+
+_UNBOUNDED = 1 << 30
+_POSITIONS = ("position_embeddings", "embed_positions")  # as transformers calls its tables of learnt positions
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 
@@ -55,6 +59,19 @@ class Task(Protocol):
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """What is measured besides the loss."""
         ...
+
+
+def longest_input(model: Any) -> int:
+    """How many tokens the model reads (and writes) at most, in all; 2^30 if nothing bounds it.
+
+    RoBERTa and its like count positions from behind that of the padding token, so their last ones are never reached.
+    """
+    most = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED)
+    for name, module in model.named_modules():
+        is_table = isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS
+        if is_table and module.padding_idx is not None:
+            most = min(most, module.num_embeddings - module.padding_idx - 1)
+    return most
 
 
 def tokenizer_in(folder: Path) -> Any:

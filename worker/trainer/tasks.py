@@ -25,10 +25,8 @@ from common.errors import InvalidRequest
 from worker.config import DataConfig
 from worker.trainer.data import ClassName, DataError, Example, ExamplesOnAccess, Prepared, Row
 from worker.trainer.features import FeatureClassifier, collate_features
-from worker.trainer.task import Collator, ModelError, Preparation, Task, tokenizer_in
+from worker.trainer.task import Collator, ModelError, Preparation, Task, longest_input, tokenizer_in
 from worker.trainer.trainers import ExactTrainer
-
-__all__ = ["Collator", "ModelError", "Preparation", "Task", "task_named", "tokenizer_in"]
 
 GREY_LEVELS = 255
 _DEEP_LEVELS = 65_535  # of a grey PNG with 16 bits
@@ -78,8 +76,7 @@ class SequenceClassification(_Classification):
             tokenizer.pad_token = tokenizer.eos_token
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-        longest = getattr(model.config, "max_position_embeddings", config.max_length)
-        return _Texts(tokenizer, longest, LabelColumn(config.label_column, labels), config)
+        return _Texts(tokenizer, longest_input(model), LabelColumn(config.label_column, labels), config)
 
 
 class ImageClassification(_Classification):

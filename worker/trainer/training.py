@@ -18,10 +18,11 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from common.adapter import shrunk_rank
 from common.errors import InvalidRequest, RafloraError
 from worker.trainer.data import Example
+from worker.trainer.fitting import largest_divisor
 from worker.trainer.group import ALONE, Group
 from worker.trainer.group_training import for_group, own_batch, share_of
 from worker.trainer.model import AdaptedModel, live_factors, set_dropout
-from worker.trainer.tasks import Collator
+from worker.trainer.task import Collator
 from worker.trainer_protocol import Plan
 
 MAX_SEED = 1 << 32  # numpy's limit
@@ -76,7 +77,7 @@ def train(
         raise InvalidRequest(f"plan: nothing to do in {plan}")
     set_dropout(model, plan.lora_dropout)
     own = own_batch(plan.batch_size, group)
-    part = _largest_divisor(own, at_most=memory_batch or own)
+    part = largest_divisor(own, at_most=memory_batch or own)
     duration = {"max_steps": plan.local_steps} if plan.local_steps else {"num_train_epochs": plan.local_epochs}
     with tempfile.TemporaryDirectory() as unused:
         arguments = _arguments(
@@ -266,7 +267,3 @@ def _run(model: AdaptedModel, trainer: Any, work: Callable[[], Any]) -> Any:
     finally:
         trainer.close()
         model.live.zero_grad(set_to_none=True)
-
-
-def _largest_divisor(number: int, *, at_most: int) -> int:
-    return next(part for part in range(min(number, at_most), 0, -1) if number % part == 0)

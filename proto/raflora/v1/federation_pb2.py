@@ -9,6 +9,7 @@ from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
+
 _runtime_version.ValidateProtobufRuntimeVersion(
     _runtime_version.Domain.PUBLIC,
     7,
@@ -24,7 +25,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1braflora/v1/federation.proto\x12\nraflora.v1\"a\n\x0b\x41\x64\x61pterSpec\x12(\n\x07modules\x18\x01 \x03(\x0b\x32\x17.raflora.v1.ModuleShape\x12(\n\x07tensors\x18\x02 \x03(\x0b\x32\x17.raflora.v1.TensorShape\"F\n\x0bModuleShape\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cout_features\x18\x02 \x01(\r\x12\x13\n\x0bin_features\x18\x03 \x01(\r\"*\n\x0bTensorShape\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\"\xaf\x01\n\x0cModelRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x19\n\x11\x62\x61se_model_digest\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x0e\n\x06labels\x18\x04 \x03(\t\x12\x16\n\x0etarget_modules\x18\x05 \x03(\t\x12\x17\n\x0fmodules_to_save\x18\x06 \x03(\t\x12\x13\n\x0bglobal_rank\x18\x07 \x01(\r\x12\x0c\n\x04seed\x18\x08 \x01(\x04\"X\n\x10HandshakeRequest\x12\x14\n\x0cprotocol_min\x18\x01 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x02 \x01(\r\x12\x18\n\x10software_version\x18\x03 \x01(\t\"\xc1\x01\n\x11HandshakeResponse\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x12\n\nfederation\x18\x03 \x01(\t\x12\'\n\x05model\x18\x04 \x01(\x0b\x32\x18.raflora.v1.ModelRequest\x12\x19\n\x11wall_time_seconds\x18\x05 \x01(\x01\x12\x12\n\nbatch_size\x18\x06 \x01(\r\x12\x14\n\x0clora_dropout\x18\x07 \x01(\x01\"\xc1\x01\n\x0bRankProfile\x12\x10\n\x08max_rank\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cnum_examples\x18\x04 \x01(\x04\x12\x1b\n\x13\x65xamples_per_second\x18\x05 \x01(\x01\x12/\n\x08measured\x18\x06 \x01(\x0b\x32\x1d.raflora.v1.MemoryMeasurement\x12\x16\n\x0e\x65valuates_only\x18\x07 \x01(\x08\"j\n\x11MemoryMeasurement\x12\x12\n\nbase_bytes\x18\x01 \x01(\x04\x12\x16\n\x0e\x62ytes_per_rank\x18\x02 \x01(\x04\x12\x13\n\x0bmicro_batch\x18\x03 \x01(\r\x12\x14\n\x0cquantization\x18\x04 \x01(\t\"\xcb\x01\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x11\n\tenrol_key\x18\x03 \x01(\t\x12(\n\x07profile\x18\x04 \x01(\x0b\x32\x17.raflora.v1.RankProfile\x12\x19\n\x11\x62\x61se_model_digest\x18\x05 \x01(\t\x12%\n\x04spec\x18\x06 \x01(\x0b\x32\x17.raflora.v1.AdapterSpec\x12\x18\n\x10software_version\x18\x07 \x01(\t\"\xc7\x01\n\x0cJoinResponse\x12\x11\n\tlora_rank\x18\x01 \x01(\r\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\x12\x19\n\x11heartbeat_seconds\x18\x03 \x01(\x01\x12\x19\n\x11lease_ttl_seconds\x18\x04 \x01(\x01\x12\x13\n\x0b\x63hunk_bytes\x18\x05 \x01(\r\x12\x12\n\nwire_dtype\x18\x06 \x01(\t\x12\x17\n\x0fstatus_sentence\x18\x07 \x01(\t\x12\x13\n\x0brank_reason\x18\x08 \x01(\t\"^\n\x0fPollTaskRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x14\n\x0cwait_seconds\x18\x03 \x01(\x01\x12\x0f\n\x07session\x18\x04 \x01(\t\"]\n\x10PollTaskResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.raflora.v1.Task\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\x12\x17\n\x0fstatus_sentence\x18\x03 \x01(\t\"\xba\x02\n\x04Task\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.raflora.v1.TaskKind\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0blease_token\x18\x04 \x01(\x04\x12\x11\n\tlora_rank\x18\x05 \x01(\r\x12\x0f\n\x07scaling\x18\x06 \x01(\x01\x12*\n\x07\x61\x64\x61pter\x18\x07 \x01(\x0b\x32\x19.raflora.v1.BlobReference\x12&\n\x04plan\x18\x08 \x01(\x0b\x32\x18.raflora.v1.TrainingPlan\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\t \x01(\x01\x12\x17\n\x0fmanifest_digest\x18\n \x01(\t\x12.\n\nevaluation\x18\x0b \x01(\x0b\x32\x1a.raflora.v1.EvaluationPlan\"]\n\x0e\x45valuationPlan\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\r\x12\r\n\x05match\x18\x03 \x01(\t\x12\x14\n\x0cmax_examples\x18\x04 \x01(\r\"3\n\rBlobReference\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xe3\x01\n\x0cTrainingPlan\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\x13\n\x0blocal_steps\x18\x02 \x01(\r\x12\x14\n\x0clocal_epochs\x18\x03 \x01(\x01\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\x12\x15\n\rmax_grad_norm\x18\x06 \x01(\x01\x12\x14\n\x0cwarmup_steps\x18\x07 \x01(\r\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x16\n\x0e\x66reezes_lora_a\x18\t \x01(\x08\x12\x14\n\x0clora_dropout\x18\n \x01(\x01\"\x86\x01\n\x10HeartbeatRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\x04\x12&\n\x08progress\x18\x04 \x01(\x0b\x32\x14.raflora.v1.Progress\x12\x0f\n\x07session\x18\x05 \x01(\t\"S\n\x08Progress\x12\x10\n\x08\x61\x63tivity\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\x13\n\x0btotal_steps\x18\x03 \x01(\r\x12\x12\n\ntrain_loss\x18\x04 \x01(\x01\"B\n\x11HeartbeatResponse\x12-\n\tdirective\x18\x01 \x01(\x0e\x32\x1a.raflora.v1.LeaseDirective\"^\n\x16\x44ownloadAdapterRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"\'\n\x17\x44ownloadAdapterResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"x\n\x12\x42\x65ginUploadRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\x04\x12\'\n\x04\x62lob\x18\x04 \x01(\x0b\x32\x19.raflora.v1.BlobReference\".\n\x13\x42\x65ginUploadResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x04\"$\n\x14UploadAdapterRequest\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"0\n\x15UploadAdapterResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x04\"J\n\x12QueryUploadRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\".\n\x13QueryUploadResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x04\"\xce\x02\n\x13SubmitUpdateRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\x04\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\'\n\x04\x62lob\x18\x06 \x01(\x0b\x32\x19.raflora.v1.BlobReference\x12\x14\n\x0cslice_digest\x18\x07 \x01(\t\x12\x14\n\x0cnum_examples\x18\x08 \x01(\x04\x12=\n\x07metrics\x18\t \x03(\x0b\x32,.raflora.v1.SubmitUpdateRequest.MetricsEntry\x12\x18\n\x10training_seconds\x18\n \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"B\n\x14SubmitUpdateResponse\x12*\n\x07outcome\x18\x01 \x01(\x0e\x32\x19.raflora.v1.SubmitOutcome\"\x93\x02\n\x17SubmitEvaluationRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\x04\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x14\n\x0cslice_digest\x18\x06 \x01(\t\x12\x14\n\x0cnum_examples\x18\x07 \x01(\x04\x12\x41\n\x07metrics\x18\x08 \x03(\x0b\x32\x30.raflora.v1.SubmitEvaluationRequest.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"F\n\x18SubmitEvaluationResponse\x12*\n\x07outcome\x18\x01 \x01(\x0e\x32\x19.raflora.v1.SubmitOutcome\"m\n\x0f\x46\x61ilTaskRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\"&\n\x10\x46\x61ilTaskResponse\x12\x12\n\nwill_retry\x18\x01 \x01(\x08\"4\n\x0cLeaveRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\"\x0f\n\rLeaveResponse*R\n\x08TaskKind\x12\x19\n\x15TASK_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fTASK_KIND_TRAIN\x10\x01\x12\x16\n\x12TASK_KIND_EVALUATE\x10\x02*\xc4\x01\n\rSubmitOutcome\x12\x1e\n\x1aSUBMIT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17SUBMIT_OUTCOME_ACCEPTED\x10\x01\x12\x1c\n\x18SUBMIT_OUTCOME_DUPLICATE\x10\x02\x12\x18\n\x14SUBMIT_OUTCOME_STALE\x10\x03\x12\x1d\n\x19SUBMIT_OUTCOME_SUPERSEDED\x10\x04\x12\x1f\n\x1bSUBMIT_OUTCOME_ROUND_CLOSED\x10\x05*i\n\x0eLeaseDirective\x12\x1f\n\x1bLEASE_DIRECTIVE_UNSPECIFIED\x10\x00\x12\x1c\n\x18LEASE_DIRECTIVE_CONTINUE\x10\x01\x12\x18\n\x14LEASE_DIRECTIVE_STOP\x10\x02\x32\xb6\x07\n\x11\x46\x65\x64\x65rationService\x12H\n\tHandshake\x12\x1c.raflora.v1.HandshakeRequest\x1a\x1d.raflora.v1.HandshakeResponse\x12\x39\n\x04Join\x12\x17.raflora.v1.JoinRequest\x1a\x18.raflora.v1.JoinResponse\x12\x45\n\x08PollTask\x12\x1b.raflora.v1.PollTaskRequest\x1a\x1c.raflora.v1.PollTaskResponse\x12H\n\tHeartbeat\x12\x1c.raflora.v1.HeartbeatRequest\x1a\x1d.raflora.v1.HeartbeatResponse\x12\\\n\x0f\x44ownloadAdapter\x12\".raflora.v1.DownloadAdapterRequest\x1a#.raflora.v1.DownloadAdapterResponse0\x01\x12N\n\x0b\x42\x65ginUpload\x12\x1e.raflora.v1.BeginUploadRequest\x1a\x1f.raflora.v1.BeginUploadResponse\x12V\n\rUploadAdapter\x12 .raflora.v1.UploadAdapterRequest\x1a!.raflora.v1.UploadAdapterResponse(\x01\x12N\n\x0bQueryUpload\x12\x1e.raflora.v1.QueryUploadRequest\x1a\x1f.raflora.v1.QueryUploadResponse\x12Q\n\x0cSubmitUpdate\x12\x1f.raflora.v1.SubmitUpdateRequest\x1a .raflora.v1.SubmitUpdateResponse\x12]\n\x10SubmitEvaluation\x12#.raflora.v1.SubmitEvaluationRequest\x1a$.raflora.v1.SubmitEvaluationResponse\x12\x45\n\x08\x46\x61ilTask\x12\x1b.raflora.v1.FailTaskRequest\x1a\x1c.raflora.v1.FailTaskResponse\x12<\n\x05Leave\x12\x18.raflora.v1.LeaveRequest\x1a\x19.raflora.v1.LeaveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1braflora/v1/federation.proto\x12\nraflora.v1\"a\n\x0b\x41\x64\x61pterSpec\x12(\n\x07modules\x18\x01 \x03(\x0b\x32\x17.raflora.v1.ModuleShape\x12(\n\x07tensors\x18\x02 \x03(\x0b\x32\x17.raflora.v1.TensorShape\"F\n\x0bModuleShape\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cout_features\x18\x02 \x01(\r\x12\x13\n\x0bin_features\x18\x03 \x01(\r\"*\n\x0bTensorShape\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\"\xaf\x01\n\x0cModelRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x19\n\x11\x62\x61se_model_digest\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x0e\n\x06labels\x18\x04 \x03(\t\x12\x16\n\x0etarget_modules\x18\x05 \x03(\t\x12\x17\n\x0fmodules_to_save\x18\x06 \x03(\t\x12\x13\n\x0bglobal_rank\x18\x07 \x01(\r\x12\x0c\n\x04seed\x18\x08 \x01(\x04\"X\n\x10HandshakeRequest\x12\x14\n\x0cprotocol_min\x18\x01 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x02 \x01(\r\x12\x18\n\x10software_version\x18\x03 \x01(\t\"\xec\x01\n\x11HandshakeResponse\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x12\n\nfederation\x18\x03 \x01(\t\x12\'\n\x05model\x18\x04 \x01(\x0b\x32\x18.raflora.v1.ModelRequest\x12\x19\n\x11wall_time_seconds\x18\x05 \x01(\x01\x12\x12\n\nbatch_size\x18\x06 \x01(\r\x12\x14\n\x0clora_dropout\x18\x07 \x01(\x01\x12\x13\n\x0brank_levels\x18\x08 \x03(\r\x12\x14\n\x0cmemory_share\x18\t \x01(\x01\"\xc1\x01\n\x0bRankProfile\x12\x10\n\x08max_rank\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cnum_examples\x18\x04 \x01(\x04\x12\x1b\n\x13\x65xamples_per_second\x18\x05 \x01(\x01\x12/\n\x08measured\x18\x06 \x01(\x0b\x32\x1d.raflora.v1.MemoryMeasurement\x12\x16\n\x0e\x65valuates_only\x18\x07 \x01(\x08\"j\n\x11MemoryMeasurement\x12\x12\n\nbase_bytes\x18\x01 \x01(\x04\x12\x16\n\x0e\x62ytes_per_rank\x18\x02 \x01(\x04\x12\x13\n\x0bmicro_batch\x18\x03 \x01(\r\x12\x14\n\x0cquantization\x18\x04 \x01(\t\"\xcb\x01\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x11\n\tenrol_key\x18\x03 \x01(\t\x12(\n\x07profile\x18\x04 \x01(\x0b\x32\x17.raflora.v1.RankProfile\x12\x19\n\x11\x62\x61se_model_digest\x18\x05 \x01(\t\x12%\n\x04spec\x18\x06 \x01(\x0b\x32\x17.raflora.v1.AdapterSpec\x12\x18\n\x10software_version\x18\x07 \x01(\t\"\xc7\x01\n\x0cJoinResponse\x12\x11\n\tlora_rank\x18\x01 \x01(\r\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\x12\x19\n\x11heartbeat_seconds\x18\x03 \x01(\x01\x12\x19\n\x11lease_ttl_seconds\x18\x04 \x01(\x01\x12\x13\n\x0b\x63hunk_bytes\x18\x05 \x01(\r\x12\x12\n\nwire_dtype\x18\x06 \x01(\t\x12\x17\n\x0fstatus_sentence\x18\x07 \x01(\t\x12\x13\n\x0brank_reason\x18\x08 \x01(\t\"^\n\x0fPollTaskRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x14\n\x0cwait_seconds\x18\x03 \x01(\x01\x12\x0f\n\x07session\x18\x04 \x01(\t\"]\n\x10PollTaskResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.raflora.v1.Task\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\x12\x17\n\x0fstatus_sentence\x18\x03 \x01(\t\"\xba\x02\n\x04Task\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.raflora.v1.TaskKind\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0blease_token\x18\x04 \x01(\x04\x12\x11\n\tlora_rank\x18\x05 \x01(\r\x12\x0f\n\x07scaling\x18\x06 \x01(\x01\x12*\n\x07\x61\x64\x61pter\x18\x07 \x01(\x0b\x32\x19.raflora.v1.BlobReference\x12&\n\x04plan\x18\x08 \x01(\x0b\x32\x18.raflora.v1.TrainingPlan\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\t \x01(\x01\x12\x17\n\x0fmanifest_digest\x18\n \x01(\t\x12.\n\nevaluation\x18\x0b \x01(\x0b\x32\x1a.raflora.v1.EvaluationPlan\"]\n\x0e\x45valuationPlan\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\r\x12\r\n\x05match\x18\x03 \x01(\t\x12\x14\n\x0cmax_examples\x18\x04 \x01(\r\"3\n\rBlobReference\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xe3\x01\n\x0cTrainingPlan\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\x13\n\x0blocal_steps\x18\x02 \x01(\r\x12\x14\n\x0clocal_epochs\x18\x03 \x01(\x01\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\x12\x15\n\rmax_grad_norm\x18\x06 \x01(\x01\x12\x14\n\x0cwarmup_steps\x18\x07 \x01(\r\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x16\n\x0e\x66reezes_lora_a\x18\t \x01(\x08\x12\x14\n\x0clora_dropout\x18\n \x01(\x01\"\x86\x01\n\x10HeartbeatRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\x04\x12&\n\x08progress\x18\x04 \x01(\x0b\x32\x14.raflora.v1.Progress\x12\x0f\n\x07session\x18\x05 \x01(\t\"S\n\x08Progress\x12\x10\n\x08\x61\x63tivity\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\x13\n\x0btotal_steps\x18\x03 \x01(\r\x12\x12\n\ntrain_loss\x18\x04 \x01(\x01\"B\n\x11HeartbeatResponse\x12-\n\tdirective\x18\x01 \x01(\x0e\x32\x1a.raflora.v1.LeaseDirective\"^\n\x16\x44ownloadAdapterRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"\'\n\x17\x44ownloadAdapterResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"x\n\x12\x42\x65ginUploadRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\x04\x12\'\n\x04\x62lob\x18\x04 \x01(\x0b\x32\x19.raflora.v1.BlobReference\".\n\x13\x42\x65ginUploadResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x04\"$\n\x14UploadAdapterRequest\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"0\n\x15UploadAdapterResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x04\"J\n\x12QueryUploadRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\".\n\x13QueryUploadResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x04\"\xce\x02\n\x13SubmitUpdateRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\x04\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\'\n\x04\x62lob\x18\x06 \x01(\x0b\x32\x19.raflora.v1.BlobReference\x12\x14\n\x0cslice_digest\x18\x07 \x01(\t\x12\x14\n\x0cnum_examples\x18\x08 \x01(\x04\x12=\n\x07metrics\x18\t \x03(\x0b\x32,.raflora.v1.SubmitUpdateRequest.MetricsEntry\x12\x18\n\x10training_seconds\x18\n \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"B\n\x14SubmitUpdateResponse\x12*\n\x07outcome\x18\x01 \x01(\x0e\x32\x19.raflora.v1.SubmitOutcome\"\x93\x02\n\x17SubmitEvaluationRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\x04\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x14\n\x0cslice_digest\x18\x06 \x01(\t\x12\x14\n\x0cnum_examples\x18\x07 \x01(\x04\x12\x41\n\x07metrics\x18\x08 \x03(\x0b\x32\x30.raflora.v1.SubmitEvaluationRequest.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"F\n\x18SubmitEvaluationResponse\x12*\n\x07outcome\x18\x01 \x01(\x0e\x32\x19.raflora.v1.SubmitOutcome\"m\n\x0f\x46\x61ilTaskRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\"&\n\x10\x46\x61ilTaskResponse\x12\x12\n\nwill_retry\x18\x01 \x01(\x08\"4\n\x0cLeaveRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x11\n\tenrol_key\x18\x02 \x01(\t\"\x0f\n\rLeaveResponse*R\n\x08TaskKind\x12\x19\n\x15TASK_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fTASK_KIND_TRAIN\x10\x01\x12\x16\n\x12TASK_KIND_EVALUATE\x10\x02*\xc4\x01\n\rSubmitOutcome\x12\x1e\n\x1aSUBMIT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17SUBMIT_OUTCOME_ACCEPTED\x10\x01\x12\x1c\n\x18SUBMIT_OUTCOME_DUPLICATE\x10\x02\x12\x18\n\x14SUBMIT_OUTCOME_STALE\x10\x03\x12\x1d\n\x19SUBMIT_OUTCOME_SUPERSEDED\x10\x04\x12\x1f\n\x1bSUBMIT_OUTCOME_ROUND_CLOSED\x10\x05*i\n\x0eLeaseDirective\x12\x1f\n\x1bLEASE_DIRECTIVE_UNSPECIFIED\x10\x00\x12\x1c\n\x18LEASE_DIRECTIVE_CONTINUE\x10\x01\x12\x18\n\x14LEASE_DIRECTIVE_STOP\x10\x02\x32\xb6\x07\n\x11\x46\x65\x64\x65rationService\x12H\n\tHandshake\x12\x1c.raflora.v1.HandshakeRequest\x1a\x1d.raflora.v1.HandshakeResponse\x12\x39\n\x04Join\x12\x17.raflora.v1.JoinRequest\x1a\x18.raflora.v1.JoinResponse\x12\x45\n\x08PollTask\x12\x1b.raflora.v1.PollTaskRequest\x1a\x1c.raflora.v1.PollTaskResponse\x12H\n\tHeartbeat\x12\x1c.raflora.v1.HeartbeatRequest\x1a\x1d.raflora.v1.HeartbeatResponse\x12\\\n\x0f\x44ownloadAdapter\x12\".raflora.v1.DownloadAdapterRequest\x1a#.raflora.v1.DownloadAdapterResponse0\x01\x12N\n\x0b\x42\x65ginUpload\x12\x1e.raflora.v1.BeginUploadRequest\x1a\x1f.raflora.v1.BeginUploadResponse\x12V\n\rUploadAdapter\x12 .raflora.v1.UploadAdapterRequest\x1a!.raflora.v1.UploadAdapterResponse(\x01\x12N\n\x0bQueryUpload\x12\x1e.raflora.v1.QueryUploadRequest\x1a\x1f.raflora.v1.QueryUploadResponse\x12Q\n\x0cSubmitUpdate\x12\x1f.raflora.v1.SubmitUpdateRequest\x1a .raflora.v1.SubmitUpdateResponse\x12]\n\x10SubmitEvaluation\x12#.raflora.v1.SubmitEvaluationRequest\x1a$.raflora.v1.SubmitEvaluationResponse\x12\x45\n\x08\x46\x61ilTask\x12\x1b.raflora.v1.FailTaskRequest\x1a\x1c.raflora.v1.FailTaskResponse\x12<\n\x05Leave\x12\x18.raflora.v1.LeaveRequest\x1a\x19.raflora.v1.LeaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,12 +36,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMITUPDATEREQUEST_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_SUBMITEVALUATIONREQUEST_METRICSENTRY']._loaded_options = None
   _globals['_SUBMITEVALUATIONREQUEST_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_TASKKIND']._serialized_start=4106
-  _globals['_TASKKIND']._serialized_end=4188
-  _globals['_SUBMITOUTCOME']._serialized_start=4191
-  _globals['_SUBMITOUTCOME']._serialized_end=4387
-  _globals['_LEASEDIRECTIVE']._serialized_start=4389
-  _globals['_LEASEDIRECTIVE']._serialized_end=4494
+  _globals['_TASKKIND']._serialized_start=4149
+  _globals['_TASKKIND']._serialized_end=4231
+  _globals['_SUBMITOUTCOME']._serialized_start=4234
+  _globals['_SUBMITOUTCOME']._serialized_end=4430
+  _globals['_LEASEDIRECTIVE']._serialized_start=4432
+  _globals['_LEASEDIRECTIVE']._serialized_end=4537
   _globals['_ADAPTERSPEC']._serialized_start=43
   _globals['_ADAPTERSPEC']._serialized_end=140
   _globals['_MODULESHAPE']._serialized_start=142
@@ -52,69 +53,69 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDSHAKEREQUEST']._serialized_start=436
   _globals['_HANDSHAKEREQUEST']._serialized_end=524
   _globals['_HANDSHAKERESPONSE']._serialized_start=527
-  _globals['_HANDSHAKERESPONSE']._serialized_end=720
-  _globals['_RANKPROFILE']._serialized_start=723
-  _globals['_RANKPROFILE']._serialized_end=916
-  _globals['_MEMORYMEASUREMENT']._serialized_start=918
-  _globals['_MEMORYMEASUREMENT']._serialized_end=1024
-  _globals['_JOINREQUEST']._serialized_start=1027
-  _globals['_JOINREQUEST']._serialized_end=1230
-  _globals['_JOINRESPONSE']._serialized_start=1233
-  _globals['_JOINRESPONSE']._serialized_end=1432
-  _globals['_POLLTASKREQUEST']._serialized_start=1434
-  _globals['_POLLTASKREQUEST']._serialized_end=1528
-  _globals['_POLLTASKRESPONSE']._serialized_start=1530
-  _globals['_POLLTASKRESPONSE']._serialized_end=1623
-  _globals['_TASK']._serialized_start=1626
-  _globals['_TASK']._serialized_end=1940
-  _globals['_EVALUATIONPLAN']._serialized_start=1942
-  _globals['_EVALUATIONPLAN']._serialized_end=2035
-  _globals['_BLOBREFERENCE']._serialized_start=2037
-  _globals['_BLOBREFERENCE']._serialized_end=2088
-  _globals['_TRAININGPLAN']._serialized_start=2091
-  _globals['_TRAININGPLAN']._serialized_end=2318
-  _globals['_HEARTBEATREQUEST']._serialized_start=2321
-  _globals['_HEARTBEATREQUEST']._serialized_end=2455
-  _globals['_PROGRESS']._serialized_start=2457
-  _globals['_PROGRESS']._serialized_end=2540
-  _globals['_HEARTBEATRESPONSE']._serialized_start=2542
-  _globals['_HEARTBEATRESPONSE']._serialized_end=2608
-  _globals['_DOWNLOADADAPTERREQUEST']._serialized_start=2610
-  _globals['_DOWNLOADADAPTERREQUEST']._serialized_end=2704
-  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_start=2706
-  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_end=2745
-  _globals['_BEGINUPLOADREQUEST']._serialized_start=2747
-  _globals['_BEGINUPLOADREQUEST']._serialized_end=2867
-  _globals['_BEGINUPLOADRESPONSE']._serialized_start=2869
-  _globals['_BEGINUPLOADRESPONSE']._serialized_end=2915
-  _globals['_UPLOADADAPTERREQUEST']._serialized_start=2917
-  _globals['_UPLOADADAPTERREQUEST']._serialized_end=2953
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=2955
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=3003
-  _globals['_QUERYUPLOADREQUEST']._serialized_start=3005
-  _globals['_QUERYUPLOADREQUEST']._serialized_end=3079
-  _globals['_QUERYUPLOADRESPONSE']._serialized_start=3081
-  _globals['_QUERYUPLOADRESPONSE']._serialized_end=3127
-  _globals['_SUBMITUPDATEREQUEST']._serialized_start=3130
-  _globals['_SUBMITUPDATEREQUEST']._serialized_end=3464
-  _globals['_SUBMITUPDATEREQUEST_METRICSENTRY']._serialized_start=3418
-  _globals['_SUBMITUPDATEREQUEST_METRICSENTRY']._serialized_end=3464
-  _globals['_SUBMITUPDATERESPONSE']._serialized_start=3466
-  _globals['_SUBMITUPDATERESPONSE']._serialized_end=3532
-  _globals['_SUBMITEVALUATIONREQUEST']._serialized_start=3535
-  _globals['_SUBMITEVALUATIONREQUEST']._serialized_end=3810
-  _globals['_SUBMITEVALUATIONREQUEST_METRICSENTRY']._serialized_start=3418
-  _globals['_SUBMITEVALUATIONREQUEST_METRICSENTRY']._serialized_end=3464
-  _globals['_SUBMITEVALUATIONRESPONSE']._serialized_start=3812
-  _globals['_SUBMITEVALUATIONRESPONSE']._serialized_end=3882
-  _globals['_FAILTASKREQUEST']._serialized_start=3884
-  _globals['_FAILTASKREQUEST']._serialized_end=3993
-  _globals['_FAILTASKRESPONSE']._serialized_start=3995
-  _globals['_FAILTASKRESPONSE']._serialized_end=4033
-  _globals['_LEAVEREQUEST']._serialized_start=4035
-  _globals['_LEAVEREQUEST']._serialized_end=4087
-  _globals['_LEAVERESPONSE']._serialized_start=4089
-  _globals['_LEAVERESPONSE']._serialized_end=4104
-  _globals['_FEDERATIONSERVICE']._serialized_start=4497
-  _globals['_FEDERATIONSERVICE']._serialized_end=5447
+  _globals['_HANDSHAKERESPONSE']._serialized_end=763
+  _globals['_RANKPROFILE']._serialized_start=766
+  _globals['_RANKPROFILE']._serialized_end=959
+  _globals['_MEMORYMEASUREMENT']._serialized_start=961
+  _globals['_MEMORYMEASUREMENT']._serialized_end=1067
+  _globals['_JOINREQUEST']._serialized_start=1070
+  _globals['_JOINREQUEST']._serialized_end=1273
+  _globals['_JOINRESPONSE']._serialized_start=1276
+  _globals['_JOINRESPONSE']._serialized_end=1475
+  _globals['_POLLTASKREQUEST']._serialized_start=1477
+  _globals['_POLLTASKREQUEST']._serialized_end=1571
+  _globals['_POLLTASKRESPONSE']._serialized_start=1573
+  _globals['_POLLTASKRESPONSE']._serialized_end=1666
+  _globals['_TASK']._serialized_start=1669
+  _globals['_TASK']._serialized_end=1983
+  _globals['_EVALUATIONPLAN']._serialized_start=1985
+  _globals['_EVALUATIONPLAN']._serialized_end=2078
+  _globals['_BLOBREFERENCE']._serialized_start=2080
+  _globals['_BLOBREFERENCE']._serialized_end=2131
+  _globals['_TRAININGPLAN']._serialized_start=2134
+  _globals['_TRAININGPLAN']._serialized_end=2361
+  _globals['_HEARTBEATREQUEST']._serialized_start=2364
+  _globals['_HEARTBEATREQUEST']._serialized_end=2498
+  _globals['_PROGRESS']._serialized_start=2500
+  _globals['_PROGRESS']._serialized_end=2583
+  _globals['_HEARTBEATRESPONSE']._serialized_start=2585
+  _globals['_HEARTBEATRESPONSE']._serialized_end=2651
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_start=2653
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_end=2747
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_start=2749
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_end=2788
+  _globals['_BEGINUPLOADREQUEST']._serialized_start=2790
+  _globals['_BEGINUPLOADREQUEST']._serialized_end=2910
+  _globals['_BEGINUPLOADRESPONSE']._serialized_start=2912
+  _globals['_BEGINUPLOADRESPONSE']._serialized_end=2958
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=2960
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=2996
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=2998
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=3046
+  _globals['_QUERYUPLOADREQUEST']._serialized_start=3048
+  _globals['_QUERYUPLOADREQUEST']._serialized_end=3122
+  _globals['_QUERYUPLOADRESPONSE']._serialized_start=3124
+  _globals['_QUERYUPLOADRESPONSE']._serialized_end=3170
+  _globals['_SUBMITUPDATEREQUEST']._serialized_start=3173
+  _globals['_SUBMITUPDATEREQUEST']._serialized_end=3507
+  _globals['_SUBMITUPDATEREQUEST_METRICSENTRY']._serialized_start=3461
+  _globals['_SUBMITUPDATEREQUEST_METRICSENTRY']._serialized_end=3507
+  _globals['_SUBMITUPDATERESPONSE']._serialized_start=3509
+  _globals['_SUBMITUPDATERESPONSE']._serialized_end=3575
+  _globals['_SUBMITEVALUATIONREQUEST']._serialized_start=3578
+  _globals['_SUBMITEVALUATIONREQUEST']._serialized_end=3853
+  _globals['_SUBMITEVALUATIONREQUEST_METRICSENTRY']._serialized_start=3461
+  _globals['_SUBMITEVALUATIONREQUEST_METRICSENTRY']._serialized_end=3507
+  _globals['_SUBMITEVALUATIONRESPONSE']._serialized_start=3855
+  _globals['_SUBMITEVALUATIONRESPONSE']._serialized_end=3925
+  _globals['_FAILTASKREQUEST']._serialized_start=3927
+  _globals['_FAILTASKREQUEST']._serialized_end=4036
+  _globals['_FAILTASKRESPONSE']._serialized_start=4038
+  _globals['_FAILTASKRESPONSE']._serialized_end=4076
+  _globals['_LEAVEREQUEST']._serialized_start=4078
+  _globals['_LEAVEREQUEST']._serialized_end=4130
+  _globals['_LEAVERESPONSE']._serialized_start=4132
+  _globals['_LEAVERESPONSE']._serialized_end=4147
+  _globals['_FEDERATIONSERVICE']._serialized_start=4540
+  _globals['_FEDERATIONSERVICE']._serialized_end=5490
 # @@protoc_insertion_point(module_scope)

@@ -97,7 +97,7 @@ class HandshakeRequest(_message.Message):
     def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., software_version: _Optional[str] = ...) -> None: ...
 
 class HandshakeResponse(_message.Message):
-    __slots__ = ("protocol", "software_version", "federation", "model", "wall_time_seconds", "batch_size", "lora_dropout")
+    __slots__ = ("protocol", "software_version", "federation", "model", "wall_time_seconds", "batch_size", "lora_dropout", "rank_levels", "memory_share")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,8 @@ class HandshakeResponse(_message.Message):
     WALL_TIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     LORA_DROPOUT_FIELD_NUMBER: _ClassVar[int]
+    RANK_LEVELS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_SHARE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     software_version: str
     federation: str
@@ -112,7 +114,9 @@ class HandshakeResponse(_message.Message):
     wall_time_seconds: float
     batch_size: int
     lora_dropout: float
-    def __init__(self, protocol: _Optional[int] = ..., software_version: _Optional[str] = ..., federation: _Optional[str] = ..., model: _Optional[_Union[ModelRequest, _Mapping]] = ..., wall_time_seconds: _Optional[float] = ..., batch_size: _Optional[int] = ..., lora_dropout: _Optional[float] = ...) -> None: ...
+    rank_levels: _containers.RepeatedScalarFieldContainer[int]
+    memory_share: float
+    def __init__(self, protocol: _Optional[int] = ..., software_version: _Optional[str] = ..., federation: _Optional[str] = ..., model: _Optional[_Union[ModelRequest, _Mapping]] = ..., wall_time_seconds: _Optional[float] = ..., batch_size: _Optional[int] = ..., lora_dropout: _Optional[float] = ..., rank_levels: _Optional[_Iterable[int]] = ..., memory_share: _Optional[float] = ...) -> None: ...
 
 class RankProfile(_message.Message):
     __slots__ = ("max_rank", "device", "memory_bytes", "num_examples", "examples_per_second", "measured", "evaluates_only")

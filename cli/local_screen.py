@@ -1,4 +1,4 @@
-"""What the demonstration shows: lines that stay, and on a terminal a region below them that moves.
+"""A federation on this machine as it is shown: lines that stay, and on a terminal a region below them that moves.
 
 Without a terminal (a pipe, a CI log) the moving part is left out and the bars follow each round as a line.
 """
@@ -15,9 +15,12 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from cli.demo_federation import Story
+from cli.evaluation_screen import eval_loss, headline, value_of
+from cli.local_federation import Story
 from cli.screens import Partitions, energy_bar, energy_bars, energy_comparison, joined_line, phase_name
-from cli.words import counted, human_bytes, human_seconds, percent, plain, rank_range
+from cli.tables import open_table
+from cli.words import NOTHING, counted, human_seconds, plain, rank_range
+from common.sizes import human_bytes
 
 _PROGRESS_WIDTH = 30
 _BARS_WIDTH = 30
@@ -26,8 +29,8 @@ _PER_SECOND = 8
 _METHOD_NAMES = {"raflora": "raFLoRA", "flexlora": "FlexLoRA"}
 
 
-class DemoScreen:
-    """Tells a newcomer what happens; an Audience of the federation. Use as a context: it gives the terminal back."""
+class LocalScreen:
+    """Tells what happens; an Audience of the federation. Use as a context: it gives the terminal back."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -99,14 +102,14 @@ class DemoScreen:
 
 def accuracy_table(stories: Sequence[Story]) -> Table:
     """What each site measured of the last global adapter, at its own rank; a column a federation."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = open_table()
     table.add_column("site")
     table.add_column("rank", justify="right")
     for story in stories:
         table.add_column(name_of(story), justify="right")
     measured = [{e.client_id: e for e in story.rounds[-1].evaluations} for story in stories]
     for site in sorted(measured[0].values(), key=lambda evaluation: (evaluation.lora_rank, evaluation.client_id)):
-        found = (percent(by_client[site.client_id].metrics["accuracy"]) for by_client in measured)
+        found = (value_of(by_client[site.client_id].metrics, "accuracy") for by_client in measured)
         table.add_row(plain(site.client_id), str(site.lora_rank), *found)
     return table
 
@@ -161,13 +164,10 @@ def _round_line(summary: status_pb2.RoundSummary, status: status_pb2.FederationS
 
 def _measured(summary: status_pb2.RoundSummary) -> Sequence[tuple[str, str]]:
     """What the evaluation of a round came to, in a word and a number; nothing if nobody evaluated."""
-    metrics = summary.federated_metrics
-    for name, word in (("accuracy", "accuracy"), ("exact_match", "exact match")):
-        if name in metrics:
-            return (f"  {word} ", "dim"), (percent(metrics[name]), "bold green")
-    if "eval_loss" in metrics:
-        return ("  loss ", "dim"), (f"{metrics['eval_loss']:.3f}", "bold green")
-    return ()
+    name, value = headline(summary)
+    if value == NOTHING:
+        name, value = "loss", eval_loss(summary)
+    return () if value == NOTHING else ((f"  {name.replace('_', ' ')} ", "dim"), (value, "bold green"))
 
 
 def _short_bars(partitions: Partitions) -> Text:

@@ -1,4 +1,4 @@
-"""One federation of the demonstration from its first process to its last round, followed as any observer would.
+"""One federation on this machine from its first process to its last round, followed as any observer would.
 
 What is known of it comes over gRPC from the coordinator; the children's logs are read only for its port and when
 something fails.
@@ -7,6 +7,7 @@ something fails.
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -14,9 +15,8 @@ from typing import Protocol
 from raflora.v1 import status_pb2, status_pb2_grpc
 
 from cli.connection import Connection, reach
-from cli.demo_processes import Child, Children, end, output_of, wait_for
-from cli.demo_setting import Files
 from cli.errors import Failed
+from cli.local_processes import Child, Children, end, output_of, wait_for
 from common.errors import Unavailable
 
 LISTEN_SECONDS = 60.0  # for the coordinator to take calls
@@ -29,6 +29,16 @@ _LOOK_SECONDS = 0.2  # between two looks at the status
 _PAGE = 100
 
 Status = status_pb2.FederationStatus
+
+
+@dataclass(frozen=True)
+class Files:
+    """One federation's settings files, and the folder for its processes' logs: NAME.log for each."""
+
+    folder: Path
+    coordinator: Path  # its settings file
+    workers: Mapping[str, Path]  # theirs, by name
+    coordinator_overrides: tuple[str, ...] = ()  # KEY=VALUE, on top of its file
 
 
 class Audience(Protocol):

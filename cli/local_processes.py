@@ -1,6 +1,6 @@
-"""The demonstration's child processes: each with a log file, watched while they run, ended when it ends.
+"""The child processes of a federation on this machine: each with a log file, watched while they run, ended with it.
 
-That holds for an error and for Ctrl-C, not if the demonstration itself is killed (SIGKILL): nobody is left to end them.
+That holds for an error and for Ctrl-C, not if the command itself is killed (SIGKILL): nobody is left to end them.
 Only processes that were started here are ever signalled.
 """
 
@@ -79,7 +79,7 @@ class Children:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
-                start_new_session=True,  # Ctrl-C reaches the demonstration alone, and it ends them in order
+                start_new_session=True,  # Ctrl-C reaches the command alone, and it ends them in order
             )
         child = Child(name, process, log)
         self._children.append(child)
