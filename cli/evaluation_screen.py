@@ -50,8 +50,13 @@ def evaluation_lines(summary: status_pb2.RoundSummary) -> list[Text]:
         more = ", ..." if len(summary.rank_levels) > _MOST_LEVELS else ""
         lines.append(Text.assemble((f"{name} by rank  ", "dim"), _levels(summary.rank_levels, name) + more))
     if summary.central_metrics:
-        lines.append(Text.assemble(("central  ", "dim"), _all_of(summary.central_metrics)))
+        lines.append(central_line(summary))
     return lines
+
+
+def central_line(summary: status_pb2.RoundSummary) -> Text:
+    """What the evaluators measured."""
+    return Text.assemble(("central  ", "dim"), _all_of(summary.central_metrics))
 
 
 def best_line(status: status_pb2.FederationStatus) -> Text:

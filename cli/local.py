@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.errors import ExitCode
-from cli.evaluation_screen import value_of
+from cli.evaluation_screen import best_line, value_of
 from cli.local_federation import Files, Story, run_federation
 from cli.local_processes import until_told_to_end
 from cli.local_screen import LocalScreen, energies
@@ -112,7 +112,11 @@ def _show(story: Story, screen: LocalScreen) -> None:
         screen.say(metrics_table(last))
     screen.title("Energy per rank partition after the last round")
     rounds = counted(len(story.rounds), "round")
-    screen.say(energies([story]), "", f"{rounds} in {human_seconds(story.total_seconds)}")
+    screen.say(
+        energies([story]), "", f"{rounds} in {human_seconds(story.total_seconds)}; {plain(story.ending.explanation)}"
+    )
+    if story.ending.HasField("best"):
+        screen.say(best_line(story.ending))
 
 
 def metrics_table(summary: status_pb2.RoundSummary) -> Table:

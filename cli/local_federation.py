@@ -16,6 +16,7 @@ from raflora.v1 import status_pb2, status_pb2_grpc
 
 from cli.connection import Connection, reach
 from cli.errors import Failed
+from cli.export_origin import RECORD_FILE
 from cli.local_processes import Child, Children, end, output_of, wait_for
 from common.errors import Unavailable
 
@@ -73,6 +74,7 @@ class Story:
     forecast: status_pb2.CollapseForecast = field(default_factory=status_pb2.CollapseForecast)
     start_seconds: float = 0.0  # until all had joined: imports, mostly
     total_seconds: float = 0.0
+    ending: Status = field(default_factory=Status)  # the last look at it
 
 
 async def run_federation(method: str, files: Files, audience: Audience, *, export_to: Path | None = None) -> Story:
@@ -104,7 +106,7 @@ async def run_federation(method: str, files: Files, audience: Audience, *, expor
         if export_to is not None:
             await output_of(
                 "raflora export",
-                *("-m", "cli.main", "export", str(export_to), "--coordinator", address),
+                *("-m", "cli.main", "export", str(export_to), "--coordinator", address, *_over_our_own(export_to)),
                 log=files.folder / "export.log",
                 seconds=EXPORT_SECONDS,
             )
@@ -112,6 +114,11 @@ async def run_federation(method: str, files: Files, audience: Audience, *, expor
         await end([coordinator])
         story.total_seconds = time.monotonic() - started
     return story
+
+
+def _over_our_own(folder: Path) -> tuple[str, ...]:
+    """What lets `raflora export` write over an earlier export, and over nothing else."""
+    return ("--overwrite",) if (folder / RECORD_FILE).is_file() else ()
 
 
 async def _address_of(coordinator: Child) -> str:
@@ -158,6 +165,7 @@ class _Follower:
                     answer = await stub.GetStatus(status_pb2.GetStatusRequest(), timeout=_CALL_SECONDS)
                     await self._tell(stub, answer.status)
                     if answer.status.phase == status_pb2.PHASE_FINISHED:
+                        self._story.ending = answer.status
                         return
                     self._scene.children.check()
                     self._check_that_it_moves(answer.status)

@@ -15,7 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from cli.evaluation_screen import eval_loss, headline, value_of
+from cli.evaluation_screen import central_line, eval_loss, headline, value_of
 from cli.local_federation import Story
 from cli.screens import Partitions, energy_bar, energy_bars, energy_comparison, joined_line, phase_name
 from cli.tables import open_table
@@ -37,6 +37,7 @@ class LocalScreen:
         self._live = Live(console=console, refresh_per_second=_PER_SECOND, transient=True)
         self._energies: RenderableType = Text()
         self._waited_for = ""
+        self._evaluators = 0
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -73,6 +74,7 @@ class LocalScreen:
 
     def joined(self, client: status_pb2.ClientSummary) -> None:
         """A worker is here."""
+        self._evaluators += client.evaluates_only
         self.say(Text("  ").append(joined_line(client)))
 
     def begins(self, status: status_pb2.FederationStatus) -> None:
@@ -93,7 +95,9 @@ class LocalScreen:
 
     def round_ended(self, summary: status_pb2.RoundSummary, status: status_pb2.FederationStatus) -> None:
         """One line, and its energies."""
-        self.say(_round_line(summary, status))
+        self.say(_round_line(summary, status, status.clients_known - self._evaluators))
+        if summary.central_metrics:
+            self.say(Text("    ").append_text(central_line(summary)))
         if self._console.is_terminal:
             self._energies = energy_bars(summary.partitions, _BARS_WIDTH)
         else:
@@ -147,12 +151,12 @@ def _part_done(assignment: status_pb2.AssignmentStatus) -> float:
     return 0.95 * assignment.step / assignment.total_steps if assignment.total_steps else 0.0
 
 
-def _round_line(summary: status_pb2.RoundSummary, status: status_pb2.FederationStatus) -> Text:
+def _round_line(summary: status_pb2.RoundSummary, status: status_pb2.FederationStatus, workers: int) -> Text:
     width = len(str(status.num_rounds))  # all of it fits into 80 columns
     seconds = summary.training_seconds + summary.aggregation_seconds + summary.evaluation_seconds
     return Text.assemble(
         (f"round {summary.round:>{width}}/{status.num_rounds}", "bold"),
-        f"  {len(summary.contributions)}/{counted(status.clients_known, 'worker')}",
+        f"  {len(summary.contributions)}/{counted(workers, 'worker')}",
         *_measured(summary),
         ("  up ", "dim"),
         human_bytes(summary.bytes_received),
@@ -165,9 +169,11 @@ def _round_line(summary: status_pb2.RoundSummary, status: status_pb2.FederationS
 def _measured(summary: status_pb2.RoundSummary) -> Sequence[tuple[str, str]]:
     """What the evaluation of a round came to, in a word and a number; nothing if nobody evaluated."""
     name, value = headline(summary)
-    if value == NOTHING:
-        name, value = "loss", eval_loss(summary)
-    return () if value == NOTHING else ((f"  {name.replace('_', ' ')} ", "dim"), (value, "bold green"))
+    loss = eval_loss(summary)
+    share = () if value == NOTHING else ((f"  {name.replace('_', ' ')} ", "dim"), (value, "bold green"))
+    # Of a language model the loss says more: an answer that is nearly right is wrong.
+    is_enough = loss == NOTHING or (bool(share) and name == "accuracy")
+    return share if is_enough else (*share, ("  loss ", "dim"), (loss, "bold green"))
 
 
 def _short_bars(partitions: Partitions) -> Text:

@@ -47,7 +47,7 @@ class Step:
     """Number format of the frozen weights in memory; unset: the checkpoint's, or bfloat16 beside quantised ones."""
     quantization: Quantization | None = None
     """How the frozen weights are quantised in memory; unset: not at all."""
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: Annotated[bool | None, Parameter(negative="--no-gradient-checkpointing")] = None
     """Recompute activations instead of keeping them: less memory, more time."""
 
 

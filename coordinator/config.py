@@ -243,7 +243,7 @@ class TrainingConfig(Section):
     """AdamW's."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to it."""
-    warmup_steps: int = Field(default=0, ge=0, le=1 << 20)
+    warmup_steps: int = Field(default=0, ge=0, le=1_000_000)
     """Of every round; the optimizer starts anew in each."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """On the input of lora_A, while training."""

@@ -102,7 +102,7 @@ async def test_each_task_out_of_bounds_is_given_back_and_the_next_one_is_done(si
 async def test_extremes_that_mean_nothing_to_a_worker_change_nothing(site: WatchedSite) -> None:
     extreme = train(2)
     of(
-        lease_token=(1 << 64) - 1, plan__seed=(1 << 64) - 1, plan__warmup_steps=(1 << 32) - 1, deadline_seconds=math.nan
+        lease_token=(1 << 64) - 1, plan__seed=(1 << 64) - 1, plan__warmup_steps=MAX_WARMUP_STEPS, deadline_seconds=math.nan
     )(extreme)
     backwards = train(1)
     of(round=(1 << 32) - 1, attempt=(1 << 32) - 1, deadline_seconds=-1e300)(backwards)

@@ -159,7 +159,7 @@ def test_a_plan_at_its_bounds_is_taken() -> None:
         ({"lora_dropout": 1.0}, "lora_dropout 1.0; expected: at least 0 and below 1"),
         ({"lora_dropout": -0.1}, "lora_dropout -0.1; expected"),
         ({"lora_dropout": float("nan")}, "lora_dropout nan; expected"),
-        ({"warmup_steps": MAX_WARMUP_STEPS + 1}, "warmup_steps 1048577; expected: 0 to 1048576"),
+        ({"warmup_steps": MAX_WARMUP_STEPS + 1}, "warmup_steps 1000001; expected: 0 to 1000000"),
         ({"warmup_steps": -1}, "warmup_steps -1; expected"),
     ],
 )
