@@ -146,7 +146,7 @@ class SitePolicy(Section):
     max_evaluations: int | None = Field(default=None, ge=0)
     """Evaluations in all; likewise."""
     min_examples: int = Field(default=1, ge=1)
-    """A site with fewer training examples does not take part; of an evaluator its test examples count."""
+    """A site with fewer training examples (an evaluator: test examples) does not join; fewer are not evaluated."""
     max_new_tokens: int = Field(default=4096, ge=0)
     """Tokens that one generated answer of an evaluation may take; 0: nothing is generated."""
     may_send_metrics: bool = True

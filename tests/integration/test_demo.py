@@ -173,7 +173,8 @@ def test_one_example_named_otherwise_is_a_mismatch(loaded: float, agrees: bool) 
 @pytest.mark.parametrize(
     ("metrics", "told"),
     [
-        ({"exact_match": 0.25, "eval_loss": 2.5}, "exact match 25.0 %"),
+        ({"exact_match": 0.25, "eval_loss": 2.5}, "exact match 25.0 % loss 2.500"),
+        ({"accuracy": 0.25, "eval_loss": 2.5}, "accuracy 25.0 %"),
         ({"eval_loss": 2.5, "token_accuracy": 0.5}, "loss 2.500"),
         ({}, ""),
     ],
@@ -184,6 +185,16 @@ def test_a_round_tells_what_was_measured(metrics: dict[str, float], told: str) -
         screen.round_ended(status_pb2.RoundSummary(round=1, federated_metrics=metrics), finished())
     line = " ".join(shown.getvalue().splitlines()[0].split())
     assert line == f"round 1/20 0/2 workers {told} up 0 B down 0 B 0.0 s".replace("  ", " ")
+
+
+def test_an_evaluator_is_no_worker_that_is_missing_and_its_scores_have_a_line() -> None:
+    shown = StringIO()
+    with screen_into(shown) as screen:
+        screen.joined(status_pb2.ClientSummary(client_id="judge", evaluates_only=True))
+        screen.round_ended(status_pb2.RoundSummary(round=1, central_metrics={"accuracy": 0.75}), finished())
+    lines = [" ".join(line.split()) for line in shown.getvalue().splitlines()]
+    assert "round 1/20 0/1 worker" in lines[1]
+    assert lines[2] == "central accuracy 75.0 %"
 
 
 def test_without_a_terminal_every_round_is_two_lines() -> None:

@@ -21,6 +21,7 @@ from common.codec import Layout
 from common.errors import InvalidRequest, WrongOffset
 from worker.config import SitePolicy
 from worker.downloads import KEPT_SLICES
+from worker.forms import MAX_WARMUP_STEPS
 
 HEADER_BYTES = len(Layout(tiny_trainer.SPEC, RANK).header)
 
@@ -71,6 +72,9 @@ REFUSED: list[tuple[Change, str]] = [
     (of(plan__weight_decay=math.nan), "invalid_request"),
     (of(plan__max_grad_norm=-1.0), "invalid_request"),
     (of(plan__max_grad_norm=math.inf), "invalid_request"),
+    (of(plan__lora_dropout=math.nan), "invalid_request"),
+    (of(plan__lora_dropout=1.0), "invalid_request"),
+    (of(plan__warmup_steps=MAX_WARMUP_STEPS + 1), "invalid_request"),
     (of(manifest_digest="0dd0" * 16), "adapter_mismatch"),
     (of(manifest_digest=TERMINAL), "adapter_mismatch"),
     (of(adapter__digest="../../etc/passwd"), "invalid_request"),
@@ -102,7 +106,10 @@ async def test_each_task_out_of_bounds_is_given_back_and_the_next_one_is_done(si
 async def test_extremes_that_mean_nothing_to_a_worker_change_nothing(site: WatchedSite) -> None:
     extreme = train(2)
     of(
-        lease_token=(1 << 64) - 1, plan__seed=(1 << 64) - 1, plan__warmup_steps=MAX_WARMUP_STEPS, deadline_seconds=math.nan
+        lease_token=(1 << 64) - 1,
+        plan__seed=(1 << 64) - 1,
+        plan__warmup_steps=MAX_WARMUP_STEPS,
+        deadline_seconds=math.nan,
     )(extreme)
     backwards = train(1)
     of(round=(1 << 32) - 1, attempt=(1 << 32) - 1, deadline_seconds=-1e300)(backwards)

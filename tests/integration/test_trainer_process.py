@@ -142,7 +142,8 @@ def test_loading_tells_what_the_coordinator_wants_to_know(trainer: TrainerProces
         "vit.layers.0.attention.q_proj",
         "vit.layers.0.attention.v_proj",
     ]
-    assert (loaded[0].num_examples, loaded[0].device) == (18, "cpu")  # two of twenty are held out
+    assert (loaded[0].num_examples, loaded[0].num_test_examples) == (18, 2)  # two of twenty are held out
+    assert loaded[0].device == "cpu"
     assert loaded[0].memory_bytes > 1 << 28
     assert len(loaded[0].base_model_digest) == 64
 

@@ -24,7 +24,7 @@ from worker.trainer_protocol import ModelOrder
 
 pytestmark = pytest.mark.torch
 
-EXACT = {"learning_rate": 1e-2, "max_grad_norm": 1e9}
+EXACT: dict[str, Any] = {"learning_rate": 1e-2, "max_grad_norm": 1e9}
 
 
 @dataclasses.dataclass(frozen=True)

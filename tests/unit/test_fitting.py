@@ -232,7 +232,7 @@ def test_a_process_whose_memory_runs_out_goes_on_with_less(tmp_path: Path) -> No
     todo = to_line(train_order(tmp_path, local_steps=1, batch_size=16))
     (tmp_path / "requests").write_bytes(to_line(Load(config.model_dump_json(), LLAMA_ORDER)) + todo)
     found = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path / "requests"), "0", "300"],
+        [sys.executable, "-c", LIMITED, str(tmp_path / "requests"), "0", "160"],
         capture_output=True,
         text=True,
         timeout=100,
