@@ -182,7 +182,7 @@ def _tiny_model(folder: Path, train: Sequence[Record]) -> Path:
 
 
 def _pretrain(model: Any, texts: Sequence[list[int]]) -> None:
-    """A quarter of a minute of next-token training on the questions alone: a base that knows the words and no answer."""
+    """A quarter of a minute of next-token training on the questions: a base that knows the words and no answer."""
     import torch  # noqa: PLC0415
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
