@@ -117,7 +117,7 @@ def test_a_worker_trains_from_a_file_of_features(tmp_path: Path, trained_layers:
         config = DataConfig(train=str(tmp_path / name), test=str(tmp_path / name))
         model = splitted.model()
         task = model.task.prepare(model.folder, model.base, model.labels, config)
-        examples = load_data(config, task.example, seed=1, offline=True).train
+        examples = load_data(config, task, seed=1, offline=True).train
         write_adapter(model, initial_adapter(model.spec, 4, seed=5), scaling=1.0)
         train(model, examples, PLAN, collator=task.collator, memory_batch=None, report=lambda *_: None)
         results.append(read_adapter(model))

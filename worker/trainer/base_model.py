@@ -141,7 +141,8 @@ def load_base(folder: Path, config: ModelConfig, order: ModelOrder) -> Any:
         modules = sorted({name.rpartition(".")[0] for name in strays})
         raise ModelError(
             f"{config.path}: the checkpoint has no fitting values for {strays[:_SHOWN]}, so every worker would "
-            f"start with different random ones; add {modules[:_SHOWN]} to modules_to_save"
+            f"start with different random ones; add {modules[:_SHOWN]} to modules_to_save "
+            "(of [adapter], the operator's)"
         )
     replaced = sorted(name for name in saved if _has_values(base, name, new))
     if replaced:

@@ -48,7 +48,9 @@ class Row:
         value = self.values.get(column)
         if value is None:
             known = ", ".join(str(name) for name in self.values)
-            problem = "is empty" if column in self.values else f"does not exist; there are {known}"
+            problem = (
+                "is empty" if column in self.values else f"does not exist; there are {known} (name yours in [data])"
+            )
             raise DataError(f"{self.where}: column {column!r} {problem}")
         return value
 

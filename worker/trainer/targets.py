@@ -136,7 +136,7 @@ def _nothing_is_called(target: str, base: Any, inside: Mapping[str, nn.Module]) 
     kind = "linear layer of the base below the head" if _WILD & set(target) else "layer"
     return (
         f"target_modules {target!r}: no {kind} of this {model} is called so; "
-        f"linear layers here end in {', '.join(last_parts)}"
+        f"linear layers here end in {', '.join(last_parts)} (adapter.target_modules, the operator's)"
     )
 
 

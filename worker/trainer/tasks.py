@@ -139,7 +139,8 @@ class LabelColumn:
             shown = ", ".join(self._labels[:5]) + (", ..." if len(self._labels) > 5 else "")
             raise DataError(
                 f"{row.where}: column {self._column!r} holds {value!r}, which is none of the federation's "
-                f"{len(self._labels)} labels ({shown}) nor a number from 0 to {len(self._labels) - 1}"
+                f"{len(self._labels)} labels ({shown}) nor a number from 0 to "
+                f"{len(self._labels) - 1}; mend the record, or the operator's model.labels"
             )
         return found
 
