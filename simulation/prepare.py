@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from transformers import AutoConfig
@@ -27,7 +27,7 @@ from worker.trainer.base_model import device_of, digest_of_weights, resolve_fold
 from worker.trainer.data import Example
 from worker.trainer.features import PROJECTION, collate_features
 from worker.trainer.model import AdaptedModel
-from worker.trainer.task import Collator, ModelError
+from worker.trainer.task import Collator, ModelError, Task
 from worker.trainer.tasks import FeatureClassification, task_named
 from worker.trainer_protocol import ModelOrder
 
@@ -180,8 +180,8 @@ def _plain(experiment: ExperimentConfig, source: ModelConfig, corpora: tuple[Cor
     task = task_named(experiment.model.task)
     folder = resolve_folder(source)
     config = _data_config(experiment.data)
-    # Only its configuration is asked when rows are prepared; the model itself is loaded by who trains it.
-    shape = SimpleNamespace(config=_model_shape(folder))
+    # Only its shape is asked when rows are prepared; the weights are loaded by who trains them.
+    shape = _model_shape(folder, task)
     preparation = task.prepare(folder, shape, train.class_names, config)
     train_examples, test_examples = ([preparation.example(row) for row in corpus.rows] for corpus in corpora)
     return Prepared(
@@ -233,8 +233,11 @@ def _data_config(data: DataSection) -> DataConfig:
         raise ConfigError(f"data.{first['loc'][0]}: {first['msg']}, found {first['input']!r}") from None
 
 
-def _model_shape(folder: Path) -> Any:
+def _model_shape(folder: Path, task: Task) -> Any:
+    """The model without its weights."""
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return task.auto_class.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: its config.json cannot be used: {error}") from None
