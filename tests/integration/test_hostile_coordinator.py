@@ -53,7 +53,7 @@ async def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
         welcome(task="auto_map"),
         welcome(task="trust_remote_code=True"),
         welcome(task="https://evil.example/task.py"),
-        welcome(task="causal-lm"),
+        welcome(task="object-detection"),
         welcome(labels=["x"] * 1_000_000),
         welcome(labels=["y" * 3_000_000]),
         welcome(labels=[f"{number:0100}" for number in range(20_000)]),

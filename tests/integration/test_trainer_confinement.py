@@ -106,6 +106,10 @@ def strangers(calls: Sequence[str], own: Sequence[Path]) -> list[str]:
     return found
 
 
+# torch names a cache folder after the user, and the C library asks this machine's own service for that name.
+NAMES = '{sa_family=AF_UNIX, sun_path="/var/run/nscd/socket"}'
+
+
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 async def test_a_task_connects_to_nobody_executes_nothing_and_writes_in_its_own_folders_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,7 +126,7 @@ async def test_a_task_connects_to_nobody_executes_nothing_and_writes_in_its_own_
         assert not site.hostile.has_heard(str(tmp_path))
         calls = trace.read_text(errors="replace").splitlines()
         assert [line for line in calls if re.search(r"\bexecve(at)?\(", line)][1:] == []
-        assert [line for line in calls if re.search(r"\b(connect|sendto|bind)\(", line)] == []
+        assert [line for line in calls if re.search(r"\b(connect|sendto|bind)\(", line) and NAMES not in line] == []
         assert strangers(calls, (site.state_dir, tmp_path / "tmp")) == []
         assert strangers(calls, (tmp_path / "tmp",)), "the update was written, and the trace has seen it"
 
