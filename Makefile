@@ -54,7 +54,7 @@ hunt: setup  ## how many seeded kills find each planted bug: make hunt SEED=99
 bench: setup  ## our aggregation against the dense formulation, about a minute
 	$(BIN)/python -m benchmarks.aggregation
 
-bench-worker: setup  ## a worker's training step against a bare PEFT loop, on the CPU, about two minutes
+bench-worker: setup  ## a worker's training step against a bare PEFT loop, on the CPU, about a minute
 	$(BIN)/python -m benchmarks.worker_step
 
 bench-round: setup  ## what of a federated round is not training, on the CPU, about a minute

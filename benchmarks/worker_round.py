@@ -1,6 +1,6 @@
 """A whole federated round with five workers of unequal rank on one device: what of it is not training.
 
-    python -m benchmarks.worker_round                                   a tiny model on the CPU, about a minute
+    python -m benchmarks.worker_round                                   a small model on the CPU, about a minute
     python -m benchmarks.worker_round --shape llama-3.2-3b --device cuda --dtype bfloat16 --steps 60 --tokens 512
 
 Real processes over loopback: a coordinator, and five workers as `raflora worker` runs them. A round lasts from its
@@ -153,7 +153,7 @@ def _print(rows: Sequence[Row]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
+    parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--all-linear", action="store_true", help="LoRA on every linear layer, not on q and v alone")

@@ -1,6 +1,6 @@
 """What a worker's training step costs beside a bare PEFT loop of the same model, and what each rank takes.
 
-    python -m benchmarks.worker_step                                   a small model on the CPU, about two minutes
+    python -m benchmarks.worker_step                                   a small model on the CPU, about a minute
     python -m benchmarks.worker_step --shape llama-3.2-3b --device cuda --dtype bfloat16 --batch 8 --tokens 512 \
         --ranks 8 16 32 48 64 --quantization none 4bit                 on a GPU
 
