@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tiny_models import save_distilbert
+from tiny_models import save_bert
 
 from common.settings import load_settings
 from coordinator.config import CoordinatorConfig
@@ -38,7 +38,7 @@ def test_every_label_of_the_federation_has_sentences_and_no_other() -> None:
 @pytest.mark.usefixtures("in_its_folder")
 def test_a_worker_loads_what_the_two_files_say(tmp_path: Path) -> None:
     federation = load_settings(CoordinatorConfig, Path("federation.toml"), environ={})
-    overrides = [f"model.path={save_distilbert(tmp_path / 'base')}", f"state_dir={tmp_path}", "threads=1"]
+    overrides = [f"model.path={save_bert(tmp_path / 'base')}", f"state_dir={tmp_path}", "threads=1"]
     site = load_settings(
         WorkerConfig, Path("worker.toml"), overrides=[*overrides, "model.offline=true", "model.device=cpu"], environ={}
     )
@@ -60,9 +60,7 @@ def test_a_worker_loads_what_the_two_files_say(tmp_path: Path) -> None:
         answer = answer_from_line(trainer.stdout.readline())
         trainer.kill()
     assert isinstance(answer, Loaded), answer
-    assert [name for name, *_ in answer.modules] == [
-        "distilbert.transformer.layer.0.attention.q_lin",
-        "distilbert.transformer.layer.0.attention.v_lin",
-    ]
-    assert {name.partition(".")[0] for name, _ in answer.tensors} == {"pre_classifier", "classifier"}
+    assert [name.rpartition(".")[2] for name, *_ in answer.modules] == ["query", "value"]
+    assert all(name.startswith("bert.encoder.layer.0.attention.") for name, *_ in answer.modules)
+    assert {name.partition(".")[0] for name, _ in answer.tensors} == {"classifier"}
     assert answer.num_examples == 27  # three of thirty are held out
