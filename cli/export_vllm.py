@@ -1,6 +1,7 @@
 """What vLLM takes of an adapter, and the commands that serve it there. Starts nothing and knows nothing of vLLM's code.
 
-The rules are those of vLLM 0.12: `max_lora_rank` of its LoRAConfig, and what its loader of PEFT folders refuses.
+The rules are those read in vLLM's source: `max_lora_rank` of its LoRAConfig, and what its loader of PEFT folders
+refuses.
 """
 
 import json

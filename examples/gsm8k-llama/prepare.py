@@ -201,7 +201,8 @@ def _pretrain(model: Any, texts: Sequence[list[int]]) -> None:
 
 
 def _read(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:  # splitlines would also split within a text, at Unicode's separators
+        return [json.loads(line) for line in file if line.strip()]
 
 
 def _write(path: Path, records: Sequence[Record]) -> None:
