@@ -4,8 +4,6 @@ Without a terminal (a pipe, a CI log) the moving part is left out and the bars f
 """
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from raflora.v1 import status_pb2
 from rich.console import Console, Group, RenderableType
@@ -17,6 +15,7 @@ from rich.text import Text
 
 from cli.evaluation_screen import central_line, eval_loss, headline, value_of
 from cli.local_federation import Story
+from cli.output import LiveScreen
 from cli.screens import Partitions, energy_bar, energy_bars, energy_comparison, joined_line, phase_name
 from cli.tables import open_table
 from cli.words import NOTHING, counted, human_seconds, plain, rank_range
@@ -29,25 +28,15 @@ _PER_SECOND = 8
 _METHOD_NAMES = {"raflora": "raFLoRA", "flexlora": "FlexLoRA"}
 
 
-class LocalScreen:
+class LocalScreen(LiveScreen):
     """Tells what happens; an Audience of the federation. Use as a context: it gives the terminal back."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
         self._live = Live(console=console, refresh_per_second=_PER_SECOND, transient=True)
+        super().__init__(console, self._live)
         self._energies: RenderableType = Text()
         self._waited_for = ""
         self._evaluators = 0
-
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
 
     def say(self, *lines: RenderableType) -> None:
         """Lines that stay; a terminal that is too narrow gets them wrapped at words."""

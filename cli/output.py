@@ -1,11 +1,14 @@
 """What a verb prints on standard output: screens for people, JSON for machines, never both."""
 
 import json
-from typing import Literal
+from types import TracebackType
+from typing import Literal, Self
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress import Progress
 
 Format = Literal["table", "json"]
 
@@ -23,6 +26,24 @@ def stdout_console() -> Console:
 def stderr_console() -> Console:
     """The console for screens beside a result that goes to standard output."""
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+class LiveScreen:
+    """A screen with a region that moves, on a terminal only. Use as a context: it gives the terminal back."""
+
+    def __init__(self, console: Console, region: Live | Progress) -> None:
+        self._console = console
+        self._region = region
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._region.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._region.stop()
 
 
 def print_screen(screen: RenderableType) -> None:

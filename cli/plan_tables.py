@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cli.tables import open_table
 from cli.words import NOTHING, counted, human_seconds, percent, plain, rank_range
 from common.sizes import human_bytes
 from coordinator.footprint import FRAMEWORK_BYTES
@@ -156,7 +157,7 @@ def _header(plan: FederationPlan, assumed: Assumed) -> Text:
 
 def _sites_table(sites: Sequence[Site]) -> Table:
     """Who would be granted which rank, and why."""
-    table = _open_table()
+    table = open_table()
     table.add_column("site")
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("why")
@@ -167,7 +168,7 @@ def _sites_table(sites: Sequence[Site]) -> Table:
 
 def _levels_table(levels: Sequence[LevelPlan], assumed: Assumed) -> Table:
     """Quantities down, ranks across, and how sure each row is."""
-    table = _open_table()
+    table = open_table()
     table.add_column("rank")
     for level in levels:
         table.add_column(str(level.rank), justify="right", no_wrap=True)
@@ -200,7 +201,7 @@ def _rows(assumed: Assumed) -> tuple[_Row, ...]:
 
 
 def _totals_table(plan: FederationPlan, num_rounds: int) -> Table:
-    table = _open_table()
+    table = open_table()
     table.add_column("through the coordinator")
     for heading in ("a round", f"all {num_rounds}" if num_rounds > 1 else "all"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -221,7 +222,7 @@ def _totals_table(plan: FederationPlan, num_rounds: int) -> Table:
 
 def _collapse_table(partitions: Sequence[Partition]) -> Table:
     """What is left of a partition's energy after a round without news, by method."""
-    table = _open_table()
+    table = open_table()
     for heading in ("ranks", "sites", "of examples", "FlexLoRA keeps", "halves every", "raFLoRA keeps"):
         table.add_column(heading, justify="right", no_wrap=True)
     for partition in partitions:
@@ -265,10 +266,6 @@ def _notes(plan: FederationPlan, assumed: Assumed) -> list[str]:
 
 
 _STYLES = {EXACT: "green", MEASURED: "green", ESTIMATED: "yellow", GIVEN: "dim"}
-
-
-def _open_table() -> Table:
-    return Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
 
 
 def _beside(level: LevelPlan) -> str:

@@ -5,14 +5,14 @@ The bar is on standard error, so that standard output is the answer alone.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from cli.output import LiveScreen, stderr_console
+from cli.tables import open_table
 from cli.words import NOTHING, counted, percent, plain
 from common.sizes import human_bytes
 from worker.config import WorkerConfig
@@ -42,29 +42,20 @@ class Level:
     fits: bool
 
 
-class ProbeScreen:
+class ProbeScreen(LiveScreen):
     """A bar for the measurement that runs, on a terminal; a line for each that is done. Use as a context."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+        console = stderr_console()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TimeElapsedColumn(),
-            console=self._console,
+            console=console,
             transient=True,
         )
+        super().__init__(console, self._progress)
         self._task: TaskID | None = None
-
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def begun(self, attempt: Attempt) -> None:
         """A bar that moves to and fro until the first step: the model may have to be loaded."""
@@ -149,7 +140,7 @@ def screen_of(found: Report) -> RenderableType:
 
 
 def _table(found: Report, probe: Probe) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = open_table()
     for name in ("rank", "peak", "of memory", "examples/s"):
         table.add_column(name, justify="right")
     table.add_column("fits")

@@ -6,8 +6,6 @@ An Audience of the runner; knows rich, knows neither processes nor files.
 import math
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from cli.output import LiveScreen
 from cli.words import NOTHING, counted, human_seconds, percent, plain
 from simulation.results import RunKey, RunRow
 from simulation.run import Progress as RunProgress
@@ -26,11 +25,10 @@ _NAME_WIDTH = 44
 _STEP_BAR_WIDTH = 20
 
 
-class SimulationScreen:
+class SimulationScreen(LiveScreen):
     """Use as a context: it gives the terminal back."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -40,6 +38,7 @@ class SimulationScreen:
             console=console,
         )
         self._live = Live(console=console, refresh_per_second=_PER_SECOND, transient=True)
+        super().__init__(console, self._live)
         self._encoding = self._progress.add_task("preparing model and data", total=None, left="", visible=False)
         self._runs = self._progress.add_task("runs", total=0, left="", visible=False)
         self._running: dict[RunKey, tuple[RunPlan, RunProgress | None]] = {}
@@ -47,16 +46,6 @@ class SimulationScreen:
         self._wanted = 0
         self._started = time.monotonic()
         self._told_percent = -1
-
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
 
     def say(self, line: str | Text) -> None:
         """A line that stays."""

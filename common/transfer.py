@@ -252,12 +252,6 @@ def sync(descriptor: int, path: Path) -> None:
     reach("bytes.synced")
 
 
-def forget_failures(root: Path) -> None:
-    """As a new process begins, for what lies below `root`; one that a failed disk has ended never asks for it."""
-    for path in [lost for lost in _lost if lost.is_relative_to(root)]:
-        _lost.discard(path)
-
-
 @contextmanager
 def named_failures(path: Path) -> Iterator[None]:
     """Gives a disk that is full, broken or gone, or too many open files, a name: TooBusy or StorageFailed.

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,32 +112,47 @@ def _weight_files(folder: Path) -> list[Path]:
     return shards
 
 
-def load_base(folder: Path, config: ModelConfig, order: ModelOrder) -> Any:
-    """The transformers model in `folder`; quantised weights lie on their device already, others still on the CPU.
+def from_checkpoint(
+    folder: Path, config: ModelConfig, task: str, labels: Sequence[str], **how: Any
+) -> tuple[Any, frozenset[str]]:
+    """The task's model in `folder`, and the names of the values that the checkpoint lacks or has in another shape.
 
-    Raises ModelError if it cannot be loaded, or if weights would be made up.
+    Raises ModelError if it cannot be loaded; what those values are for is the caller's to judge.
     """
-    labels = dict(enumerate(order.labels))
-    named = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}} if labels else {}
+    numbered = dict(enumerate(labels))
+    named = {"id2label": numbered, "label2id": {v: k for k, v in numbered.items()}} if numbered else {}
     try:
-        base, found = task_named(order.task).auto_class.from_pretrained(
+        base, found = task_named(task).auto_class.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # looked at below, where the message can say what to do
-            **_dtype_and_bits(folder, config, order),
+            ignore_mismatched_sizes=True,
+            **how,
             **named,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if is_out_of_memory(error):
             raise
-        raise ModelError(f"{config.path}: cannot be loaded for {order.task}: {error}") from None
+        raise ModelError(f"{config.path}: cannot be loaded for {task}: {error}") from None
+    return base, frozenset({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+
+
+def not_under(keys: Iterable[str], modules: Sequence[str]) -> list[str]:
+    """Those that lie in none of these modules, sorted."""
+    return sorted(key for key in keys if not any(is_under(key, name) for name in modules))
+
+
+def load_base(folder: Path, config: ModelConfig, order: ModelOrder) -> Any:
+    """The transformers model in `folder`; quantised weights lie on their device already, others still on the CPU.
+
+    Raises ModelError if it cannot be loaded, or if weights would be made up.
+    """
+    base, new = from_checkpoint(folder, config, order.task, order.labels, **_dtype_and_bits(folder, config, order))
     _check_frozen_head(base, folder, config, order)
-    new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
     saved = tuple(order.modules_to_save)
-    strays = sorted(key for key in new if not any(is_under(key, name) for name in saved))
+    strays = not_under(new, saved)
     if strays:
         modules = sorted({name.rpartition(".")[0] for name in strays})
         raise ModelError(
@@ -221,7 +237,7 @@ def _enable_checkpointing(base: Any, config: ModelConfig) -> None:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _has_values(base: Any, saved: str, new: set[str]) -> bool:
+def _has_values(base: Any, saved: str, new: frozenset[str]) -> bool:
     return any(is_under(key, saved) and key not in new for key, _ in base.named_parameters())
 
 

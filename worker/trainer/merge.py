@@ -16,9 +16,8 @@ from peft import PeftModel
 from common.errors import AdapterMismatch
 from worker.config import ModelConfig
 from worker.peft_format import read_peft_folder
-from worker.trainer.base_model import digest_of_weights, resolve_folder
+from worker.trainer.base_model import digest_of_weights, from_checkpoint, not_under, resolve_folder
 from worker.trainer.task import ModelError
-from worker.trainer.tasks import task_named
 
 MAX_SHARD_SIZE = "5GB"  # what hubs and file systems take without complaint
 _CONFIG = "config.json"
@@ -91,32 +90,13 @@ def _check_base(folder: Path, order: MergeOrder) -> None:
 
 
 def _load_base(folder: Path, order: MergeOrder) -> Any:
-    labels = dict(enumerate(order.labels))
-    named = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}} if labels else {}
-    try:
-        base, found = task_named(order.task).auto_class.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=order.model.dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # looked at below
-            **named,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{order.model.path}: cannot be loaded for {order.task}: {error}") from None
-    new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
-    made_up = sorted(key for key in new if not _is_saved(key, order.modules_to_save))
+    base, new = from_checkpoint(folder, order.model, order.task, order.labels, dtype=order.model.dtype)
+    made_up = not_under(new, order.modules_to_save)
     if made_up:
         raise ModelError(
             f"{order.model.path}: has no fitting values for {made_up[:_SHOWN]}, and the adapter brings none"
         )
     return base.eval()
-
-
-def _is_saved(key: str, modules_to_save: tuple[str, ...]) -> bool:
-    return any(f".{name}." in f".{key}." for name in modules_to_save)
 
 
 def _check_untied(base: Any, folder: Path, order: MergeOrder) -> None:
