@@ -6,6 +6,8 @@ from pathlib import Path
 
 from faults.schedule import COORDINATOR
 
+_COMMITS = 100  # of one life, at most
+
 
 class EachStep:
     """Plans that kill these processes at every step once, at the first time they come to it; then they may live."""
@@ -30,7 +32,7 @@ class Around:
 
     steps: Sequence[str]
     keys: Collection[str]
-    refuses_commits: bool = False  # the coordinator's disk is full at one commit of each life
+    refuses_commits: bool = False  # the coordinator's disk is full at every second commit
     kills: int = 24  # of each process
 
     def __call__(self, key: str, life: int) -> str:
@@ -39,7 +41,10 @@ class Around:
         if key in self.keys and life < self.kills:
             plan.append(f"kill@{self.steps[life % len(self.steps)]}:{1 + life * 2 % 7}")
         if self.refuses_commits and key == COORDINATOR:
-            plan.append(f"fail@journal.committing:{2 + 3 * life % 11}=ENOSPC")
+            # Requests share commits as they happen to meet, so nobody can say which commit will hold an update; and
+            # who is refused once is recorded the next time.
+            full = range(4 + life % 2, _COMMITS, 2)
+            plan += [f"fail@journal.committing:{at}=ENOSPC" for at in full]
         return ",".join(plan)
 
 

@@ -23,6 +23,7 @@ from common.errors import TooBusy
 from common.failpoints import reach
 from common.transfer import sync
 from coordinator.engine import Engine
+from coordinator.federation.events import UpdateAccepted
 from coordinator.federation.requests import Outcome, SubmitUpdate
 from coordinator.federation.state import Assignment, OpenRound, State
 from coordinator.founding import Foundation
@@ -149,6 +150,8 @@ def _acknowledges_though_the_commit_failed() -> None:
         try:
             await right(self, events, state, now)
         except TooBusy:
+            if not any(isinstance(event, UpdateAccepted) for event in events):
+                raise
             self.state = state
 
     right = _put(Engine, "_commit", commit)
@@ -250,7 +253,7 @@ BUGS: Mapping[str, Bug] = MappingProxyType(
         "acknowledges though the commit failed": Bug(
             _acknowledges_though_the_commit_failed,
             "acknowledged, but not in the journal|ended by itself",
-            ("update.answering", "round.published"),
+            ("round.published", "update.answering"),
             refuses_commits=True,
         ),
         "commits in two transactions": Bug(
