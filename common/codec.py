@@ -39,6 +39,11 @@ class WireDtype(StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
 
+    @property
+    def number_bytes(self) -> int:
+        """Of one number."""
+        return _NUMPY[self].itemsize
+
 
 _NUMPY: Mapping[WireDtype, np.dtype[Any]] = {
     WireDtype.FLOAT32: np.dtype("<f4"),

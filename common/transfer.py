@@ -16,7 +16,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
+from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 from common.errors import (
     CorruptTransfer,
@@ -47,9 +49,12 @@ def check_digest(digest: str, whose: str) -> str:
 
 
 def chunks_of(path: Path, offset: int = 0) -> Generator[bytes]:
-    """The file's bytes from an offset, in chunks. Raises WrongOffset beyond its end, UnknownBlob if it is gone."""
+    """The file's bytes from an offset, in chunks that end at multiples of CHUNK_BYTES, so that no number is cut in two.
+
+    Raises WrongOffset beyond its end, UnknownBlob if it is gone.
+    """
     try:
-        file = path.open("rb")
+        file = path.open("rb", buffering=0)
     except FileNotFoundError:
         raise UnknownBlob(f"blob {path.name[:12]} was deleted meanwhile; ask for the newest one") from None
     with file:
@@ -57,8 +62,19 @@ def chunks_of(path: Path, offset: int = 0) -> Generator[bytes]:
         if not 0 <= offset <= size:
             raise WrongOffset(f"offset {offset}: the blob has {size} bytes", committed_bytes=size)
         file.seek(offset)
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
+        yield from chunks_from(file, offset)
+
+
+def chunks_from(file: BinaryIO | FileIO, offset: int, most_bytes: int | None = None) -> Generator[bytes]:
+    """The same of an open file that stands at this offset, and at most so many bytes."""
+    ends_at = None if most_bytes is None else offset + most_bytes
+    while ends_at is None or offset < ends_at:
+        wanted = CHUNK_BYTES - offset % CHUNK_BYTES
+        chunk = file.read(wanted if ends_at is None else min(wanted, ends_at - offset))
+        if not chunk:
+            return
+        offset += len(chunk)
+        yield chunk
 
 
 @dataclass(frozen=True)
@@ -70,21 +86,42 @@ class Expected:
     whose: str  # for messages: "client ada", "slice for ada"
 
 
+class RunningDigest:
+    """SHA-256 of what was written so far, so that nothing need be read again in the end."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self.size_bytes = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Takes the next bytes in."""
+        self._sha256.update(data)
+        self.size_bytes += len(data)
+
+    def hexdigest(self) -> str:
+        """Of all of them."""
+        return self._sha256.hexdigest()
+
+
 class PartFile:
     """One transfer that is not complete yet, on disk.
 
     `committed_bytes` is what survives a crash of this process or machine.
-    Call `close` in a finally; a part file that is not finished stays for the next attempt.
+    Call `close` in a finally; a part file that is not finished stays for the next attempt. `digest`, of the attempt
+    before in this process, spares it from being read again; it counts only if it is of as many bytes as are found.
     """
 
-    def __init__(self, path: Path, expected: Expected) -> None:
+    def __init__(self, path: Path, expected: Expected, digest: RunningDigest | None = None) -> None:
         self._path = path
         self._expected = expected
+        self._digest = digest or RunningDigest()
         path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: bytes that a full disk refused must not be written again by a later flush.
         self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
         reach("part.opened")
         self._written, self._synced = self._file.seek(0, os.SEEK_END), 0
+        if self._digest.size_bytes != self._written:
+            self._digest = RunningDigest()
         if self._written > expected.size_bytes:
             self._restart()
         elif self._written:
@@ -95,7 +132,12 @@ class PartFile:
         """The offset at which the sender goes on."""
         return self._synced
 
-    def append(self, offset: int, data: bytes) -> None:
+    @property
+    def digest(self) -> RunningDigest:
+        """Of what this process has written; for the next attempt."""
+        return self._digest
+
+    def append(self, offset: int, data: bytes | memoryview) -> None:
         """Writes the next chunk. Raises WrongOffset, WrongSize or TooBusy, and keeps nothing of it then."""
         if offset != self._written:
             self.sync()  # so that the offset in the answer is the one that is taken next
@@ -113,12 +155,16 @@ class PartFile:
             while left:
                 left = left[self._file.write(left) :]
         reach("part.written")
+        if self._digest.size_bytes == self._written:
+            self._digest.update(data)
         self._written += len(data)
         if self._written - self._synced >= SYNC_BYTES:
             self.sync()
 
     def sync(self) -> None:
         """Makes everything written so far durable. A failed fsync is never retried: the error goes up."""
+        if self._synced == self._written:
+            return
         # The kernel may count pages as clean that it could not write: what the fsync was for is thrown away.
         with self._undone(self._synced):
             sync(self._file.fileno(), self._path)
@@ -135,8 +181,7 @@ class PartFile:
         Raises CorruptTransfer, and forgets the bytes, if they are not the announced ones.
         """
         self.sync()
-        self._file.seek(0)
-        found = hashlib.file_digest(self._file, "sha256").hexdigest()
+        found = self._digest_found()
         if found != self._expected.digest or not self.is_complete:
             size = self._written
             self._restart()
@@ -151,6 +196,12 @@ class PartFile:
     def close(self) -> None:
         """Ends this attempt; what was synced stays."""
         self._file.close()
+
+    def _digest_found(self) -> str:
+        if self._digest.size_bytes == self._written:
+            return self._digest.hexdigest()
+        self._file.seek(0)  # an earlier process has written some of it
+        return hashlib.file_digest(self._file, "sha256").hexdigest()
 
     def _sync_what_was_found(self) -> None:
         # The attempt before may have ended between a write and its fsync.
@@ -176,6 +227,9 @@ class PartFile:
         reach("part.truncated")
         self._file.seek(size_bytes)
         self._written, self._synced = size_bytes, min(self._synced, size_bytes)
+        if not size_bytes or self._digest.size_bytes > size_bytes:
+            # Of bytes that are no longer there; unless it begins anew with the file, all of it is read in the end.
+            self._digest = RunningDigest()
 
     def _restart(self) -> None:
         self._cut(0)

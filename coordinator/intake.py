@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -16,6 +17,7 @@ import structlog
 
 from common.errors import CorruptTransfer, InspectionFailed, InvalidRequest, TooBusy, UnknownTask, WrongRank, WrongSize
 from common.failpoints import reach
+from common.side_by_side import OneBehind
 from common.transfer import check_digest
 from coordinator.federation.requests import MAX_EXAMPLES, Outcome, SubmitEvaluation, SubmitUpdate
 from coordinator.federation.state import Assignment, Client, Kind
@@ -82,35 +84,39 @@ class Intake:
         return await self._foundation.on_disk(self._uploads.begin, client_id, reference.digest, reference.size_bytes)
 
     async def receive(
-        self, client_id: str, enrol_key: str, digest: str, offset: int, chunks: AsyncIterator[bytes]
+        self, client_id: str, enrol_key: str, digest: str, offset: int, chunks: AsyncIterator[bytes | memoryview]
     ) -> int:
         """Takes a stream of chunks from an offset; what is durable at its end. Raises TooBusy if it takes too long."""
         await self._known_member(client_id, enrol_key)
         with self.ledger.stream(client_id):
             return await self._receive(client_id, digest, offset, chunks)
 
-    async def _receive(self, client_id: str, digest: str, offset: int, chunks: AsyncIterator[bytes]) -> int:
+    async def _receive(
+        self, client_id: str, digest: str, offset: int, chunks: AsyncIterator[bytes | memoryview]
+    ) -> int:
         on_disk, whose = self._foundation.on_disk, f"client {client_id!r}"
         upload: Upload = await self._to_the_end(on_disk(self._uploads.open, client_id, digest), _close)
         ends_at = asyncio.get_running_loop().time() + STREAM_SECONDS
+        writing = OneBehind()  # hashed and written while the next chunk arrives
         try:
-            while True:
-                chunk = await _next_of(chunks, ends_at, whose)
-                if chunk is None:
-                    reach("upload.ending")
-                    return await on_disk(upload.finish)
+            while (chunk := await _next_of(chunks, ends_at, whose)) is not None:
                 if not chunk:
                     raise InvalidRequest(f"{whose}: an empty chunk at byte {offset}")
-                await on_disk(upload.append, offset, chunk)
+                await writing.start(partial(on_disk, upload.append, offset, chunk))
                 offset += len(chunk)
                 self.bytes_received += len(chunk)
                 del chunk  # a sender that falls silent must not hold a megabyte
                 self._engine.hear(client_id)  # a long upload is a sign of life
+            await writing.settle()
+            reach("upload.ending")
+            return await on_disk(upload.finish)
         except CorruptTransfer:
             self.ledger.forget(client_id)
             raise
         finally:
-            await on_disk(upload.close)
+            await writing.abandon()
+            if not upload.has_ended:
+                await on_disk(upload.close)
 
     async def committed_bytes(self, client_id: str, enrol_key: str, digest: str) -> int:
         """How much of an upload is durable."""
@@ -223,7 +229,7 @@ class Intake:
             raise
 
 
-async def _next_of(chunks: AsyncIterator[bytes], ends_at: float, whose: str) -> bytes | None:
+async def _next_of(chunks: AsyncIterator[bytes | memoryview], ends_at: float, whose: str) -> bytes | memoryview | None:
     """The next chunk, or None after the last. Raises TooBusy if it does not come in time."""
     now = asyncio.get_running_loop().time()
     try:

@@ -14,7 +14,6 @@ from raflora.v1 import (
     admin_pb2,
     admin_pb2_grpc,
     federation_pb2,
-    federation_pb2_grpc,
     identity_pb2,
     identity_pb2_grpc,
     status_pb2,
@@ -30,6 +29,7 @@ from coordinator.identity.security import Security, security_of
 from coordinator.narrator import narrate
 from coordinator.publishing import PublishedAdapter
 from coordinator.service import CoordinatorService
+from coordinator.servicers import streams
 from coordinator.servicers.access import AccessInterceptor
 from coordinator.servicers.admin import AdminServicer
 from coordinator.servicers.federation import FederationServicer
@@ -104,7 +104,7 @@ async def _serve(
         options=server_options(Keepalive(), most_connections()),
     )
     served = SERVICES if issuer is None else (*SERVICES, IDENTITY_SERVICE)
-    federation_pb2_grpc.add_FederationServiceServicer_to_server(FederationServicer(service), server)
+    streams.add_to_server(FederationServicer(service), server)
     status_pb2_grpc.add_StatusServiceServicer_to_server(StatusServicer(service), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(service), server)
     if issuer is not None:

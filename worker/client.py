@@ -5,8 +5,8 @@ Protobuf and gRPC stay in here. Nothing is retried in here: who holds the file r
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Generator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, TypeVar
 
@@ -16,9 +16,13 @@ from raflora.v1 import federation_pb2 as pb
 from raflora.v1 import federation_pb2_grpc as rpc
 from raflora.v1 import identity_pb2, identity_pb2_grpc
 
+from common import byte_planes
+from common.byte_planes import BadPlanes
 from common.channel import REASON_KEY, Pem, Tls, client_channel, is_loopback
-from common.errors import ConfigError, RafloraError, Unavailable
-from common.transfer import CHUNK_BYTES
+from common.chunk_message import Chunk, message_of
+from common.errors import ConfigError, CorruptTransfer, RafloraError, Unavailable
+from common.side_by_side import one_ahead
+from common.transfer import chunks_from
 from common.version import PROTOCOL, PROTOCOL_OLDEST
 from worker import wire_messages as wire
 from worker.certificates import Issued
@@ -44,6 +48,8 @@ _STREAM_SECONDS = 30.0  # a stream may take this long and then one second for ev
 _SLOWEST_BYTES_PER_SECOND = 64 << 10
 _PROBE_SECONDS = 3.0  # for each step of finding out why TLS fails
 
+_SERVICE = pb.DESCRIPTOR.services_by_name["FederationService"].full_name
+
 Answer = TypeVar("Answer")
 
 
@@ -65,6 +71,17 @@ class _Line:
         self.tls = tls.read() if isinstance(tls, Tls) else tls
         self.channel = client_channel(address, self.tls)
         self.federation = rpc.FederationServiceStub(self.channel)
+        # The two streams of chunks, as the stub has them but for protobuf's copies.
+        self.upload_adapter = self.channel.stream_unary(
+            f"/{_SERVICE}/UploadAdapter",
+            request_serializer=message_of,
+            response_deserializer=pb.UploadAdapterResponse.FromString,
+        )
+        self.download_adapter = self.channel.unary_stream(
+            f"/{_SERVICE}/DownloadAdapter",
+            request_serializer=pb.DownloadAdapterRequest.SerializeToString,
+            response_deserializer=wire.download_chunk_of,
+        )
         self.identity = identity_pb2_grpc.IdentityServiceStub(self.channel)
         self.calls = 0
         self.is_replaced = False
@@ -83,6 +100,9 @@ class CoordinatorClient:
         self._me = {"client_id": who.client_id, "enrol_key": who.enrol_key}
         self._session = who.session
         self._rpc_seconds = where.rpc_timeout_seconds
+        self._wants_planes = where.encoding == "byte-planes"
+        self._number_bytes = 0  # on the wire, if the coordinator reads byte planes; 0: chunks are sent as they are
+        self._wire_dtype = ""
         self._tls = join_token or tls_of(where)
         self._line = _Line(where.address, self._tls)
 
@@ -126,6 +146,7 @@ class CoordinatorClient:
         """Enrols. Raises BaseModelMismatch, SpecMismatch, IdentityConflict, Evicted."""
         request = wire.join_request(enrolment, self._me, self._software_version)
         answer = await self._answer(self._line.federation.Join(request, timeout=self._rpc_seconds))
+        self._wire_dtype = answer.wire_dtype
         return wire.place_of(answer)
 
     async def poll_task(self, wait_seconds: float = POLL_SECONDS) -> Polled:
@@ -151,14 +172,20 @@ class CoordinatorClient:
         answer = await self._answer(self._line.federation.Heartbeat(request, timeout=self._rpc_seconds))
         return answer.directive != pb.LEASE_DIRECTIVE_STOP
 
-    async def download(self, blob: Blob, offset: int) -> AsyncGenerator[bytes, None]:
-        """The blob's bytes from an offset; may break off with Unavailable anywhere. Close the iterator."""
-        request = pb.DownloadAdapterRequest(**self._me, digest=blob.digest, offset=offset)
+    async def download(self, blob: Blob, offset: int) -> AsyncGenerator[bytes | memoryview, None]:
+        """The blob's bytes from an offset; may break off with Unavailable anywhere. Close the iterator.
+
+        Raises CorruptTransfer for a chunk that cannot be decoded.
+        """
+        encodings = [pb.CONTENT_ENCODING_BYTE_PLANES] if self._wants_planes else []
+        request = pb.DownloadAdapterRequest(**self._me, digest=blob.digest, offset=offset, encodings=encodings)
         async with self._calling() as line:
-            call = line.federation.DownloadAdapter(request, timeout=_stream_seconds(blob.size_bytes - offset))
+            call = line.download_adapter(request, timeout=_stream_seconds(blob.size_bytes - offset))
             try:
                 async for chunk in call:
-                    yield chunk.data
+                    yield await asyncio.to_thread(chunk.plain) if chunk.is_planes else chunk.data
+            except BadPlanes as error:
+                raise CorruptTransfer(f"rank slice {blob.digest[:12]}: a chunk in byte planes: {error}") from None
             finally:
                 call.cancel()
 
@@ -170,6 +197,8 @@ class CoordinatorClient:
             blob=wire.blob(blob),
         )
         answer = await self._answer(self._line.federation.BeginUpload(request, timeout=self._rpc_seconds))
+        is_understood = pb.CONTENT_ENCODING_BYTE_PLANES in answer.encodings
+        self._number_bytes = wire.number_bytes_of(self._wire_dtype) if self._wants_planes and is_understood else 0
         return answer.committed_bytes
 
     async def upload(self, blob: Blob, offset: int, source: BinaryIO) -> int:
@@ -186,9 +215,9 @@ class CoordinatorClient:
         )
         seconds = _stream_seconds(min(blob.size_bytes - offset, MAX_CALL_BYTES))
         async with self._calling() as line:
-            call = line.federation.UploadAdapter(metadata=metadata, timeout=seconds)
+            call = line.upload_adapter(metadata=metadata, timeout=seconds)
             try:
-                await _send(call, source)
+                await _send(call, _chunks_to_send(source, offset, self._number_bytes))
                 return (await call).committed_bytes
             finally:
                 call.cancel()
@@ -283,19 +312,23 @@ def tls_of(where: CoordinatorAddress) -> Tls | None:
     )
 
 
-async def _send(
-    call: grpc.aio.StreamUnaryCall[pb.UploadAdapterRequest, pb.UploadAdapterResponse], source: BinaryIO
-) -> None:
-    """Writes chunks until there are enough, or until the call is over (its status then says why)."""
+async def _send(call: "grpc.aio.StreamUnaryCall[Chunk, pb.UploadAdapterResponse]", chunks: Generator[Chunk]) -> None:
+    """Writes the chunks, or as many as come through until the call is over (its status then says why)."""
     # write() and not an iterator: an iterator that fails looks like our own cancellation.
-    sent_bytes = 0
-    while sent_bytes < MAX_CALL_BYTES and (chunk := await asyncio.to_thread(source.read, CHUNK_BYTES)):
-        try:
-            await call.write(pb.UploadAdapterRequest(data=chunk))
-        except asyncio.InvalidStateError:
-            return
-        sent_bytes += len(chunk)
+    async with aclosing(one_ahead(chunks)) as pieces:
+        async for chunk in pieces:
+            try:
+                await call.write(chunk)
+            except asyncio.InvalidStateError:
+                return
     await call.done_writing()
+
+
+def _chunks_to_send(source: BinaryIO, offset: int, number_bytes: int) -> Generator[Chunk]:
+    """At most MAX_CALL_BYTES of a file that stands at the offset; as byte planes if numbers have so many bytes."""
+    for data in chunks_from(source, offset, MAX_CALL_BYTES):
+        planes = byte_planes.encode(data, number_bytes) if number_bytes else None
+        yield Chunk(data) if planes is None else Chunk(planes, is_planes=True)
 
 
 def _stream_seconds(size_bytes: int) -> float:

@@ -44,6 +44,8 @@ class CoordinatorAddress(Section):
     """Certificates of an authority of yours. Unset, and no join token, on loopback: in the clear."""
     rpc_timeout_seconds: float = Field(default=10.0, gt=0, le=300)
     """For every small call."""
+    encoding: Literal["identity", "byte-planes"] = "identity"
+    """How factors travel; byte-planes: lossless, a third fewer bytes in bfloat16, for links below some 20 MB/s."""
 
 
 class ModelConfig(Section):

@@ -7,12 +7,14 @@ import asyncio
 import contextlib
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from common.errors import CorruptTransfer, Unavailable
 from common.failpoints import reach
+from common.side_by_side import OneBehind
 from common.transfer import Expected, PartFile, check_digest
 from worker.client import CoordinatorClient
 from worker.contact import Contact
@@ -62,15 +64,17 @@ class Slices:
 
     async def _continue(self, part: PartFile, blob: Blob) -> None:
         """One call from where the last one ended. Raises Unavailable if it ends early."""
-        offset = part.committed_bytes
+        offset, writing = part.committed_bytes, OneBehind()  # hashed and written while the next chunk arrives
         try:
             async with contextlib.aclosing(self._client.download(blob, offset)) as chunks:
                 async for chunk in chunks:
                     if not chunk:
                         raise CorruptTransfer(f"rank slice {blob.digest[:12]}: a chunk without bytes")
-                    await asyncio.to_thread(part.append, offset, chunk)
+                    await writing.start(partial(asyncio.to_thread, part.append, offset, chunk))
                     offset += len(chunk)
+            await writing.settle()
         finally:
+            await writing.abandon()
             part.sync()
         if not part.is_complete:
             raise Unavailable(

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from raflora.v1 import federation_pb2 as pb
 
 from common.adapter import AdapterSpec
+from common.chunk_message import Chunk, chunk_in
+from common.codec import WireDtype
 from common.errors import InvalidRequest
 from worker.messages import Blob, Enrolment, ModelRequest, Outcome, Place, RankProfile, Task, TaskKind, Welcome
 from worker.trainer_protocol import EvaluationPlan, Plan
@@ -72,6 +74,20 @@ def _profile(profile: RankProfile) -> pb.RankProfile:
         message.measured.micro_batch = profile.measured.micro_batch
         message.measured.quantization = profile.measured.quantization
     return message
+
+
+def download_chunk_of(message: bytes) -> Chunk:
+    """The chunk in a DownloadAdapterResponse. Raises DecodeError."""
+    chunk = chunk_in(message)
+    if chunk is None:
+        parsed = pb.DownloadAdapterResponse.FromString(message)
+        chunk = Chunk.of_fields(parsed.data, parsed.planes)
+    return chunk
+
+
+def number_bytes_of(wire_dtype: str) -> int:
+    """Of one number in a dtype that the coordinator named; 0 if nobody here knows it."""
+    return WireDtype(wire_dtype).number_bytes if wire_dtype in set(WireDtype) else 0
 
 
 def blob(blob: Blob) -> pb.BlobReference:

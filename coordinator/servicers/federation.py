@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -11,6 +11,7 @@ from raflora.v1 import federation_pb2 as pb
 from raflora.v1 import federation_pb2_grpc
 
 from common.adapter import MAX_AXES, MAX_TENSORS, AdapterSpec, ModuleShape, TensorShape
+from common.chunk_message import Chunk
 from common.errors import InvalidRequest, ProtocolTooOld
 from common.failpoints import reach
 from common.plain import plain
@@ -22,7 +23,7 @@ from coordinator.identity.caller import own_client_id, own_enrol_key, present_ca
 from coordinator.intake import MAX_METRICS
 from coordinator.service import MAX_FAILURE_CHARS, CoordinatorService, Progress, Task
 from coordinator.servicers.greeting import greeting
-from coordinator.servicers.streams import read_chunks
+from coordinator.servicers.streams import as_wanted, data_of, read_chunks
 from coordinator.slices import BlobReference
 
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -112,15 +113,16 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         directive = pb.LEASE_DIRECTIVE_CONTINUE if goes_on else pb.LEASE_DIRECTIVE_STOP
         return pb.HeartbeatResponse(directive=directive)
 
-    async def DownloadAdapter(
-        self, request: pb.DownloadAdapterRequest, context: _Context
-    ) -> AsyncIterator[pb.DownloadAdapterResponse]:
+    async def DownloadAdapter(self, request: pb.DownloadAdapterRequest, context: _Context) -> AsyncIterator[Chunk]:
         """The slice's bytes from an offset."""
         digest = await self._service.slice_path(request.client_id, request.enrol_key, request.digest)
-        async for data in read_chunks(chunks_of(self._service.blobs.open(digest), request.offset)):
-            self._service.counters.bytes_sent += len(data)
-            self._service.engine.hear(request.client_id)
-            yield pb.DownloadAdapterResponse(data=data)
+        content = chunks_of(self._service.blobs.open(digest), request.offset)
+        number_bytes = self._service.foundation.known_manifest.adapter.wire_dtype.number_bytes
+        async with aclosing(read_chunks(as_wanted(content, request.encodings, number_bytes))) as chunks:
+            async for chunk in chunks:
+                self._service.counters.bytes_sent += len(chunk.data)
+                self._service.engine.hear(request.client_id)
+                yield chunk
 
     async def BeginUpload(self, request: pb.BeginUploadRequest, context: _Context) -> pb.BeginUploadResponse:
         """Where to go on."""
@@ -128,11 +130,9 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             request.client_id, request.enrol_key, BlobReference(request.blob.digest, request.blob.size_bytes)
         )
         reach("begin.answering")
-        return pb.BeginUploadResponse(committed_bytes=committed)
+        return pb.BeginUploadResponse(committed_bytes=committed, encodings=[pb.CONTENT_ENCODING_BYTE_PLANES])
 
-    async def UploadAdapter(
-        self, request: AsyncIterator[pb.UploadAdapterRequest], context: _Context
-    ) -> pb.UploadAdapterResponse:
+    async def UploadAdapter(self, request: AsyncIterator[Chunk], context: _Context) -> pb.UploadAdapterResponse:
         """Takes chunks; the metadata says of what and from where."""
         said = _metadata_of(context)
         try:
@@ -141,7 +141,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             who = (own_client_id(client_id), own_enrol_key(enrol_key), said["raflora-digest"])
         except (KeyError, ValueError) as error:
             raise InvalidRequest(f"upload: the call's metadata lacks or garbles {error}") from None
-        async with aclosing(_data_of(request)) as chunks:
+        async with aclosing(data_of(request, who[0])) as chunks:
             committed = await self._service.intake.receive(*who, offset, chunks)
         reach("upload.answering")
         return pb.UploadAdapterResponse(committed_bytes=committed)
@@ -249,15 +249,6 @@ def _measured(profile: pb.RankProfile) -> Measured | None:
         micro_batch=measured.micro_batch,
         quantization=plain(measured.quantization, _MAX_WORD_CHARS),
     )
-
-
-async def _data_of(messages: AsyncIterator[pb.UploadAdapterRequest]) -> AsyncGenerator[bytes, None]:
-    # Nothing of a chunk is kept while the next one is waited for: a thousand senders may fall silent.
-    async for message in messages:
-        data = message.data
-        del message
-        yield data
-        del data
 
 
 def _agree(lowest: int, highest: int) -> int:

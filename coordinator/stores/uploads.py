@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common.errors import CorruptStore, CorruptTransfer, InvalidRequest, TooBusy, UnknownBlob, UploadTakenOver
 from common.failpoints import reach
-from common.transfer import Expected, PartFile, check_digest, named_failures, sync, sync_folder
+from common.transfer import Expected, PartFile, RunningDigest, check_digest, named_failures, sync, sync_folder
 from coordinator.stores.blobs import FileBlobs, digest_of_file
 from coordinator.stores.disk import Disk
 
@@ -35,7 +35,7 @@ class Upload:
         self._part = part
         self._expected = expected
 
-    def append(self, offset: int, data: bytes) -> None:
+    def append(self, offset: int, data: bytes | memoryview) -> None:
         """Writes the next chunk. Raises WrongOffset or WrongSize, and writes nothing then."""
         with self._desk.lock:
             self._check_is_current()
@@ -62,6 +62,11 @@ class Upload:
         with self._desk.lock:
             if self._desk.part is self._part:
                 self._desk.end_stream()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing left to close; read without waiting for anybody."""
+        return self._desk.part is not self._part
 
     def _check_is_current(self) -> None:
         if self._desk.part is not self._part:
@@ -197,6 +202,7 @@ class _Desk:
         self.folder = folder
         self.part: PartFile | None = None
         self._digest = ""  # of the stream
+        self._hashed = ("", RunningDigest())  # of which upload this process has written how much: calls are short
         self._streams = streams
         self._disk = disk
 
@@ -212,8 +218,9 @@ class _Desk:
     def start_stream(self, path: Path, expected: Expected) -> PartFile:
         if not self._streams.acquire(blocking=False):
             raise TooBusy(f"{expected.whose}: as many uploads are under way as are allowed; try again in a moment")
+        digest, hashed = self._hashed
         try:
-            self.part = PartFile(path, expected)
+            self.part = PartFile(path, expected, hashed if digest == expected.digest else None)
         except BaseException:
             self._streams.release()
             raise
@@ -223,6 +230,7 @@ class _Desk:
     def end_stream(self) -> None:
         part, self.part = self.part, None
         if part is not None:
+            self._hashed = (self._digest, part.digest)
             self._streams.release()
             part.close()
 

@@ -22,6 +22,11 @@ class SubmitOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SUBMIT_OUTCOME_SUPERSEDED: _ClassVar[SubmitOutcome]
     SUBMIT_OUTCOME_ROUND_CLOSED: _ClassVar[SubmitOutcome]
 
+class ContentEncoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CONTENT_ENCODING_UNSPECIFIED: _ClassVar[ContentEncoding]
+    CONTENT_ENCODING_BYTE_PLANES: _ClassVar[ContentEncoding]
+
 class LeaseDirective(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     LEASE_DIRECTIVE_UNSPECIFIED: _ClassVar[LeaseDirective]
@@ -36,6 +41,8 @@ SUBMIT_OUTCOME_DUPLICATE: SubmitOutcome
 SUBMIT_OUTCOME_STALE: SubmitOutcome
 SUBMIT_OUTCOME_SUPERSEDED: SubmitOutcome
 SUBMIT_OUTCOME_ROUND_CLOSED: SubmitOutcome
+CONTENT_ENCODING_UNSPECIFIED: ContentEncoding
+CONTENT_ENCODING_BYTE_PLANES: ContentEncoding
 LEASE_DIRECTIVE_UNSPECIFIED: LeaseDirective
 LEASE_DIRECTIVE_CONTINUE: LeaseDirective
 LEASE_DIRECTIVE_STOP: LeaseDirective
@@ -311,22 +318,26 @@ class HeartbeatResponse(_message.Message):
     def __init__(self, directive: _Optional[_Union[LeaseDirective, str]] = ...) -> None: ...
 
 class DownloadAdapterRequest(_message.Message):
-    __slots__ = ("client_id", "enrol_key", "digest", "offset")
+    __slots__ = ("client_id", "enrol_key", "digest", "offset", "encodings")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     ENROL_KEY_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    ENCODINGS_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     enrol_key: str
     digest: str
     offset: int
-    def __init__(self, client_id: _Optional[str] = ..., enrol_key: _Optional[str] = ..., digest: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+    encodings: _containers.RepeatedScalarFieldContainer[ContentEncoding]
+    def __init__(self, client_id: _Optional[str] = ..., enrol_key: _Optional[str] = ..., digest: _Optional[str] = ..., offset: _Optional[int] = ..., encodings: _Optional[_Iterable[_Union[ContentEncoding, str]]] = ...) -> None: ...
 
 class DownloadAdapterResponse(_message.Message):
-    __slots__ = ("data",)
+    __slots__ = ("data", "planes")
     DATA_FIELD_NUMBER: _ClassVar[int]
+    PLANES_FIELD_NUMBER: _ClassVar[int]
     data: bytes
-    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+    planes: bytes
+    def __init__(self, data: _Optional[bytes] = ..., planes: _Optional[bytes] = ...) -> None: ...
 
 class BeginUploadRequest(_message.Message):
     __slots__ = ("client_id", "enrol_key", "lease_token", "blob")
@@ -341,16 +352,20 @@ class BeginUploadRequest(_message.Message):
     def __init__(self, client_id: _Optional[str] = ..., enrol_key: _Optional[str] = ..., lease_token: _Optional[int] = ..., blob: _Optional[_Union[BlobReference, _Mapping]] = ...) -> None: ...
 
 class BeginUploadResponse(_message.Message):
-    __slots__ = ("committed_bytes",)
+    __slots__ = ("committed_bytes", "encodings")
     COMMITTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENCODINGS_FIELD_NUMBER: _ClassVar[int]
     committed_bytes: int
-    def __init__(self, committed_bytes: _Optional[int] = ...) -> None: ...
+    encodings: _containers.RepeatedScalarFieldContainer[ContentEncoding]
+    def __init__(self, committed_bytes: _Optional[int] = ..., encodings: _Optional[_Iterable[_Union[ContentEncoding, str]]] = ...) -> None: ...
 
 class UploadAdapterRequest(_message.Message):
-    __slots__ = ("data",)
+    __slots__ = ("data", "planes")
     DATA_FIELD_NUMBER: _ClassVar[int]
+    PLANES_FIELD_NUMBER: _ClassVar[int]
     data: bytes
-    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+    planes: bytes
+    def __init__(self, data: _Optional[bytes] = ..., planes: _Optional[bytes] = ...) -> None: ...
 
 class UploadAdapterResponse(_message.Message):
     __slots__ = ("committed_bytes",)
