@@ -187,9 +187,23 @@ def check_numbers(content: bytes | memoryview, layout: Layout, whose: str) -> No
         _check_magnitude(raw, name, whose)
 
 
-def read_module(path: Path, layout: Layout, module: str) -> Factors:
+def read_module(path: Path, layout: Layout, module: str, whose: str = "") -> Factors:
     """One module of a file that was checked when it was stored; the rest of the file is not read."""
-    return _factors(_mapped(path), layout, module, whose=path.name)
+    return _factors(_mapped(path), layout, module, whose or path.name)
+
+
+def read_into(path: Path, layout: Layout, name: str, target: Array) -> None:
+    """Fill a contiguous float32 array with one tensor of a checked file; its numbers are not looked at.
+
+    Read and not mapped, so that the memory is the target's alone. Raises WrongSize if the file ends within the tensor.
+    """
+    with path.open("rb", buffering=0) as file:
+        if layout.dtype is WireDtype.FLOAT32:
+            _fill(file, target, layout.offsets[name], name)
+            return
+        numbers = target.reshape(-1)
+        for start, block in blocks_of(file, layout, name):
+            numbers[start : start + len(block)] = block
 
 
 def read_tensor(path: Path, layout: Layout, name: str) -> Array:
@@ -215,6 +229,15 @@ def check_header(start: bytes, size_bytes: int, layout: Layout, whose: str) -> N
 def _start_bytes(layout: Layout) -> int:
     # Room for a header that differs, so that the message can say how; still bounded.
     return 2 * len(layout.header) + 4096
+
+
+def _fill(file: BinaryIO, target: Array, offset: int, name: str) -> None:
+    view = memoryview(target.data).cast("B")
+    while view:
+        length = os.preadv(file.fileno(), [view], offset)
+        if length == 0:
+            raise WrongSize(f"{name}: the file ends within it")
+        view, offset = view[length:], offset + length
 
 
 def _mapped(path: Path) -> memoryview:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import AdapterMismatch
+from coordinator.aggregation.certificate import Certificate
 
 Matrix = NDArray[np.float64]
 
@@ -25,6 +26,7 @@ class LowRank:
     left: Matrix  # [m, rank], U S: orthogonal columns of descending norm, exactly zero where nothing is left
     right: Matrix  # [rank, n], V^T: orthonormal rows, the dead directions' included
     energy_lost: float  # sum of the squared singular values beyond the rank
+    certificate: Certificate
 
 
 def truncate_product(left: Matrix, right: Matrix, reserve: Matrix) -> LowRank:
@@ -43,13 +45,27 @@ def truncate_product(left: Matrix, right: Matrix, reserve: Matrix) -> LowRank:
     U, sigma, Vt = np.linalg.svd(left_core @ right_core.T, full_matrices=False)
     sigma = sigma[sigma > _noise_of(left, right)]
     live = min(rank, len(sigma))
+    columns = _lift(left_basis, U[:, :live] * sigma[:live])
+    energy_lost = float(np.sum(sigma[live:] ** 2))
+    captured = captured_share(float(np.sum(sigma[:live] ** 2)), energy_lost)
+    return completed(
+        columns, _lift(right_basis, Vt[:live].T).T, reserve, energy_lost, Certificate("exact", captured=captured)
+    )
 
-    rows = _lift(right_basis, Vt[:live].T).T
+
+def completed(columns: Matrix, rows: Matrix, reserve: Matrix, energy_lost: float, certificate: Certificate) -> LowRank:
+    """The form that the global adapter has, of the live directions alone: `columns` is U S, `rows` V^T."""
+    live = len(rows)
     rows = np.vstack([rows, _complete(rows, reserve)])
     signs = _signs(rows)
-    columns = np.zeros((left.shape[0], rank))
-    columns[:, :live] = _lift(left_basis, U[:, :live] * sigma[:live])
-    return LowRank(columns * signs, rows * signs[:, None], float(np.sum(sigma[live:] ** 2)))
+    left = np.zeros((len(columns), len(reserve)))
+    left[:, :live] = columns
+    return LowRank(left * signs, rows * signs[:, None], energy_lost, certificate)
+
+
+def captured_share(captured: float, lost: float) -> float:
+    """The share of an energy; all of nothing is 1."""
+    return captured / (captured + lost) if lost > 0.0 else 1.0
 
 
 def product_singular_values(left: Matrix, right: Matrix) -> Matrix:
@@ -86,6 +102,8 @@ def _complete(rows: Matrix, reserve: Matrix) -> Matrix:
     reserve rows and j rows to go, those parts have squares that sum to at least j, so none taken is tiny.
     """
     missing = len(reserve) - len(rows)
+    if missing == 0:
+        return np.zeros((0, rows.shape[1]))
     outside = _without(rows, _without(rows, reserve))
     taken: list[Matrix] = []
     for _ in range(missing):

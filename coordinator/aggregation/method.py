@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from common.adapter import Factors
+from coordinator.aggregation.certificate import NOTHING_DECOMPOSED, Certificate
 from coordinator.aggregation.low_rank import Matrix
 
 Shrinkage: TypeAlias = Literal["weight-floor", "sqrt-share", "share", "effective-owners"]
@@ -23,6 +24,7 @@ class Merged:
     energy_lost: float  # sum of the squared singular values that a truncation cut off
     # An effective product of any rank that every client adds to its frozen weight, for methods that change the base.
     base_change: Factors | None = None
+    certificate: Certificate = NOTHING_DECOMPOSED  # what vouches for the decomposition, where there was one
 
 
 @dataclass(frozen=True)

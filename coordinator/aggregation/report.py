@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from coordinator.aggregation.certificate import NO_ROUND_CERTIFICATE, RoundCertificate
 from coordinator.aggregation.low_rank import Matrix
 
 _MOST_OF_THE_ENERGY = 0.99
@@ -41,6 +42,8 @@ class RoundReport:
     energy: float  # sum of squared singular values over all modules
     energy_lost: float  # share of the merged update's energy that truncation to the global rank cut off
     norm: float  # root of the energy: the Frobenius norm over all modules
+    # How the modules were computed and what vouches for it; journals from before it have the default.
+    certificate: RoundCertificate = NO_ROUND_CERTIFICATE
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts."""
@@ -50,7 +53,8 @@ class RoundReport:
     def from_json(cls, content: Mapping[str, Any]) -> "RoundReport":
         """The inverse of to_json."""
         partitions = tuple(RankPartition(**partition) for partition in content["partitions"])
-        return cls(**{**content, "partitions": partitions})
+        certificate = RoundCertificate(**content.get("certificate", {}))
+        return cls(**{**content, "partitions": partitions, "certificate": certificate})
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,12 @@ class Participation:
     levels: tuple[int, ...]  # the distinct ranks in the whole federation
 
 
-def report_round(spectra: Collection[Matrix], energy_lost: float, participation: Participation) -> RoundReport:
+def report_round(
+    spectra: Collection[Matrix],
+    energy_lost: float,
+    participation: Participation,
+    certificate: RoundCertificate = NO_ROUND_CERTIFICATE,
+) -> RoundReport:
     """The report on a merged adapter, or on anything else that has singular values.
 
     `spectra` are the modules' singular values, each descending, of any length (a method that changes the base has
@@ -83,6 +92,7 @@ def report_round(spectra: Collection[Matrix], energy_lost: float, participation:
         energy=energy,
         energy_lost=energy_lost / (energy + energy_lost) if energy_lost > 0.0 else 0.0,
         norm=float(np.sqrt(energy)),
+        certificate=certificate,
     )
 
 

@@ -1,7 +1,8 @@
 """One round's aggregation: checked files or adapters in, the next global adapter and its report out.
 
 The result is a function of its input alone: not of the order of arrival, of the number of processes or of
-what maps the modules. One module's factors are in memory at a time and process. Nothing here writes or waits.
+what maps the modules. Files are read where a method needs them: of one that averages products a few blocks of one
+module are in memory at a time and process, however many clients there are. Nothing here writes or waits.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,12 +14,14 @@ from typing import Protocol, TypeVar
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from common.adapter import Adapter, AdapterSpec, Array, Factors, effective
+from common.adapter import Adapter, AdapterSpec, Array, Factors
 from common.codec import Layout, WireDtype, read_module, read_tensor
 from common.errors import AdapterMismatch, InvalidRequest, NotFinite
+from coordinator.aggregation.certificate import worst_of
 from coordinator.aggregation.method import Merged, MethodOptions
 from coordinator.aggregation.methods import make_method
 from coordinator.aggregation.report import Participation, RoundReport, report_round
+from coordinator.aggregation.stored import StoredPart, StoredUpdates
 
 _LAYOUTS_KEPT = 64  # more distinct ranks than a federation has; bounds the cache
 _T = TypeVar("_T")
@@ -80,12 +83,11 @@ class Aggregated:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One client's effective factors of one module."""
+class _Cohort:
+    """Whose updates are merged, in their order."""
 
-    client_id: str
-    factors: Factors
-    num_examples: int
+    client_ids: tuple[str, ...]
+    num_examples: tuple[int, ...]
 
 
 def aggregate(job: AggregationJob, run: Run = map) -> Aggregated:
@@ -108,22 +110,25 @@ def aggregate_adapters(
 ) -> Aggregated:
     """The same for adapters in memory: equal input gives equal bytes. `levels` as in AggregationJob."""
     updates = sorted(updates, key=lambda update: update.client_id)
-    num_examples = tuple(update.num_examples for update in updates)
-    _check_ids([update.client_id for update in updates])
+    cohort = _Cohort(
+        client_ids=tuple(update.client_id for update in updates),
+        num_examples=tuple(update.num_examples for update in updates),
+    )
+    _check_ids(cohort.client_ids)
     for update in updates:
         if update.adapter.spec != previous.spec:
             raise AdapterMismatch(f"{update.client_id}: other modules or tensors than the global adapter's")
     with threadpool_limits(limits=1):
         merged = {}
         for name, factors in previous.modules.items():
-            parts = [_Part(u.client_id, u.adapter.modules[name], u.num_examples) for u in updates]
-            merged[name] = _merge(options, name, factors, parts)
+            of_module = [update.adapter.modules[name] for update in updates]
+            merged[name] = _merge(options, name, factors, of_module, cohort)
         tensors = {
-            name: _average((update.adapter.tensors[name] for update in updates), num_examples)
+            name: _average((update.adapter.tensors[name] for update in updates), cohort.num_examples)
             for name in previous.tensors
         }
     ranks = tuple(update.adapter.rank for update in updates)
-    return _assemble(merged, tensors, Participation(ranks, num_examples, tuple(levels)))
+    return _assemble(merged, tensors, Participation(ranks, cohort.num_examples, tuple(levels)))
 
 
 def initialise_pool() -> None:
@@ -135,11 +140,12 @@ def _merge_stored(job: AggregationJob, name: str) -> Merged:
     """One module of a job; the only part of the files that is read."""
     previous = read_module(job.previous, _layout(job.spec, job.global_rank, WireDtype.FLOAT32), name)
     layouts = {rank: _layout(job.spec, rank, job.wire_dtype) for rank in {entry.rank for entry in job.inputs}}
-    parts = []
-    for entry in job.inputs:
-        factors = _effective(entry, name, read_module(entry.path, layouts[entry.rank], name))
-        parts.append(_Part(entry.client_id, factors, entry.num_examples))
-    return _merge(job.options, name, previous, parts)
+    updates = StoredUpdates([StoredPart(e.client_id, e.path, layouts[e.rank], name, e.scaling) for e in job.inputs])
+    cohort = _Cohort(
+        client_ids=tuple(entry.client_id for entry in job.inputs),
+        num_examples=tuple(entry.num_examples for entry in job.inputs),
+    )
+    return _merge(job.options, name, previous, updates, cohort)
 
 
 def _average_stored(job: AggregationJob, name: str) -> Array:
@@ -154,24 +160,21 @@ def _layout(spec: AdapterSpec, rank: int, dtype: WireDtype) -> Layout:
     return Layout(spec, rank, dtype)
 
 
-def _effective(entry: AggregationInput, name: str, factors: Factors) -> Factors:
-    with np.errstate(over="ignore", invalid="ignore"):
-        scaled = effective(Adapter({name: factors}, {}), scaling=entry.scaling).modules[name]
-    if not np.isfinite(scaled.lora_B).all():
-        raise NotFinite(f"{entry.client_id}: {name}.lora_B times its scaling {entry.scaling} is beyond float32")
-    return scaled
-
-
-def _merge(options: MethodOptions, name: str, previous: Factors, parts: Sequence[_Part]) -> Merged:
+def _merge(options: MethodOptions, name: str, previous: Factors, updates: Sequence[Factors], cohort: _Cohort) -> Merged:
     method = make_method(options)
     try:
-        return method.merge(previous, [p.factors for p in parts], [p.num_examples for p in parts])
+        return method.merge(previous, updates, cohort.num_examples)
     except NotFinite as error:
-        largest = max(parts, key=lambda part: _size_of(part.factors))
-        raise NotFinite(f"{name}: {error}; the largest update is {largest.client_id}'s") from error
+        sizes = [_size_of(updates, index) for index in range(len(updates))]
+        largest = cohort.client_ids[int(np.argmax(sizes))]
+        raise NotFinite(f"{name}: {error}; the largest update is {largest}'s") from error
 
 
-def _size_of(factors: Factors) -> float:
+def _size_of(updates: Sequence[Factors], index: int) -> float:
+    try:
+        factors = updates[index]
+    except NotFinite:  # of a file, which is checked as it is read
+        return np.inf
     norms = [np.linalg.norm(matrix.astype(np.float64)) for matrix in (factors.lora_A, factors.lora_B)]
     size = float(norms[0] * norms[1])
     return size if np.isfinite(size) else np.inf  # NaN is larger than nothing, but it is the culprit
@@ -187,7 +190,9 @@ def _average(values: Iterable[Array], num_examples: Sequence[int]) -> Array:
 def _assemble(merged: Mapping[str, Merged], tensors: dict[str, Array], participation: Participation) -> Aggregated:
     adapter = Adapter({name: module.factors for name, module in merged.items()}, tensors)
     energy_lost = sum(module.energy_lost for module in merged.values())
-    report = report_round([module.singular_values for module in merged.values()], energy_lost, participation)
+    spectra = [module.singular_values for module in merged.values()]
+    certificate = worst_of(module.certificate for module in merged.values())
+    report = report_round(spectra, energy_lost, participation, certificate)
     changes = {name: module.base_change for name, module in merged.items() if module.base_change is not None}
     return Aggregated(adapter, report, changes)
 

@@ -7,14 +7,18 @@ and for the weights in P, the previous global's own. No client's factors are mix
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 
 from common.adapter import Factors
-from coordinator.aggregation.checks import check_inputs, to_single
+from coordinator.aggregation.checks import check_finite, check_shapes, to_single
+from coordinator.aggregation.iterated import is_large, truncate_stack
 from coordinator.aggregation.low_rank import LowRank, Matrix, truncate_product
 from coordinator.aggregation.method import Merged
+from coordinator.aggregation.stack import Weighted
+from coordinator.aggregation.updates import HeldPart, parts_of
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,20 @@ def combine(rule: WeightRule, previous: Factors, updates: Sequence[Factors], num
 def truncated_stack(
     rule: WeightRule, previous: Factors, updates: Sequence[Factors], num_examples: Sequence[int]
 ) -> LowRank:
-    """The truncated SVD of the weighted average, in float64; raises as combine."""
-    check_inputs(previous, updates, num_examples)
-    weights = rule([update.rank for update in updates], num_examples, previous.rank)
+    """The truncated SVD of the weighted average, in float64; raises as combine.
+
+    A small stack is decomposed as it is, a large one by what it does to a few columns (iterated.py).
+    """
+    check_shapes(previous, updates, num_examples)
+    parts = parts_of(updates)
+    weights = rule([part.rank for part in parts], num_examples, previous.rank)
     rows = previous.lora_A.astype(np.float64)
+    if is_large(previous, parts):
+        entries = [Weighted(part, share[: part.rank]) for part, share in zip(parts, weights.updates, strict=True)]
+        if weights.previous.any():
+            entries.insert(0, Weighted(HeldPart(previous), weights.previous))
+        return truncate_stack(entries, rows, check=partial(check_finite, updates))
+    check_finite(updates)
     left = [previous.lora_B * weights.previous]
     left += [u.lora_B * share[: u.rank] for u, share in zip(updates, weights.updates, strict=True)]
     right = [rows, *(update.lora_A.astype(np.float64) for update in updates)]
@@ -69,7 +83,7 @@ def canonical(result: LowRank) -> Merged:
     """What the coordinator keeps: lora_B = U S, lora_A = V^T, orthonormal also where the singular value is zero."""
     factors = Factors(to_single(result.right), to_single(result.left))
     singular_values = np.linalg.norm(factors.lora_B.astype(np.float64), axis=0)
-    return Merged(factors, singular_values, result.energy_lost)
+    return Merged(factors, singular_values, result.energy_lost, certificate=result.certificate)
 
 
 def stacked_average(updates: Sequence[Factors], num_examples: Sequence[int]) -> tuple[Matrix, Matrix]:
