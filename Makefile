@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench bench-worker bench-round load soak picture rank-collapse theorem proto docs compose-test clean fuzz kills hunt
+.PHONY: help setup check test demo bench bench-rivals bench-worker bench-round load load-growth soak picture rank-collapse theorem proto docs compose-test clean fuzz kills hunt
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,8 +51,12 @@ kills: setup  ## kill -9 at seeded steps, compared with an undisturbed run: make
 hunt: setup  ## how many seeded kills find each planted bug: make hunt SEED=99
 	PYTHONPATH=tests:proto $(BIN)/python -m faults.hunt --seed $(or $(SEED),99)
 
-bench: setup  ## our aggregation against the dense formulation, about a minute
-	$(BIN)/python -m benchmarks.aggregation
+# The BLAS of both sides gets one thread: a ratio of two threads' work says little on a machine that does other things.
+bench: setup  ## aggregation, transfer and rounds, ours and rivals' in turn, under fifteen minutes: make bench ONLY=rounds:empty
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(BENCH)
+
+bench-rivals: setup  ## only make .venv-rivals, in which Flower, NVIDIA FLARE and chorus are measured (`make bench` does it, too)
+	$(BIN)/python -m benchmarks.rivals
 
 bench-worker: setup  ## a worker's training step against a bare PEFT loop, on the CPU, about a minute
 	$(BIN)/python -m benchmarks.worker_step
@@ -64,6 +68,9 @@ load: setup  ## many and large clients against a real coordinator: memory, handl
 	$(BIN)/python -m benchmarks.load.uploads
 	$(BIN)/python -m benchmarks.load.stalled
 	$(BIN)/python -m benchmarks.load.idle
+
+load-growth: setup  ## how a round's cost grows with clients, ranks and modules, about ten minutes (Linux)
+	$(BIN)/python -m benchmarks.load.growth
 
 soak: setup  ## a federation with seeded trouble that must not grow: make soak MINUTES=60 SEED=1
 	mkdir -p runs
@@ -87,6 +94,6 @@ docs: setup  ## write the generated pages of docs/ anew
 compose-test:  ## build the images and run a federation of containers (needs Docker)
 	tests/compose/run.sh
 
-clean:  ## remove .venv, caches and what runs left behind
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs
+clean:  ## remove .venv, .venv-rivals, caches and what runs left behind
+	rm -rf $(VENV) .venv-rivals .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

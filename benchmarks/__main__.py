@@ -61,6 +61,14 @@ def measure(only: tuple[str, str | None] | None, repetitions: int) -> Report:
     return Report(before, tuple(figures), tuple(recorded.worse(figures, recorded.read())))
 
 
+def part_and_case(text: str) -> tuple[str, str | None]:
+    """What --only names."""
+    part, _, case = text.partition(":")
+    if part not in PARTS:
+        raise argparse.ArgumentTypeError(f"{part!r} is no part; there are {', '.join(PARTS)}")
+    return part, case or None
+
+
 def write_docs(report: Report, docs: Path) -> None:
     """The tables of docs/performance.md and their pictures, of the parts that were measured."""
     page = docs / "performance.md"
@@ -74,13 +82,6 @@ def write_docs(report: Report, docs: Path) -> None:
     page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
-def _part_and_case(text: str) -> tuple[str, str | None]:
-    part, _, case = text.partition(":")
-    if part not in PARTS:
-        raise argparse.ArgumentTypeError(f"{part!r} is no part; there are {', '.join(PARTS)}")
-    return part, case or None
-
-
 def _repetitions(text: str) -> int:
     if not text.isdigit() or int(text) < MIN_REPETITIONS:
         raise argparse.ArgumentTypeError(f"{text!r}: a median needs a number of at least {MIN_REPETITIONS}")
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", type=_part_and_case, metavar="PART[:CASE]", help="one part, or one case of it")
+    parser.add_argument("--only", type=part_and_case, metavar="PART[:CASE]", help="one part, or one case of it")
     parser.add_argument("--repetitions", type=_repetitions, default=MIN_REPETITIONS, help="measured turns of each (5)")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="on standard output (text)")
     parser.add_argument(

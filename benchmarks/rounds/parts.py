@@ -2,8 +2,8 @@
 
 Ours: a coordinator process and two workers without a model that speak through the worker's own client; slices are
 fetched and checked, updates are hashed, sent, durable, inspected and merged, the next adapter is published and the next
-round is open. Flower's: SuperLink, two SuperNodes, and what send_and_receive takes inside a ServerApp whose ClientApp answers
-with as many numbers as it was sent; nothing is averaged there and nothing is on disk.
+round is open. Flower's: SuperLink, two SuperNodes, and what send_and_receive takes inside a ServerApp whose ClientApp
+answers with as many numbers as it was sent; nothing is averaged there and nothing is on disk.
 """
 
 import asyncio
