@@ -27,6 +27,7 @@ from benchmarks.report import Report, json_of, markdown_of, show, with_tables
 PARTS = ("aggregation", "transfer", "rounds", "rivals")
 _DOCS = Path(__file__).parent.parent / "docs"
 _SAYS = Console(stderr=True)
+_WIDE = 140
 
 Measure = Callable[[Progress, str | None, int], list[Figure]]
 
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.format == "json":
         print(json_of(report))
     else:
-        show(report, Console())
+        # In a file or a pipe there is no width to keep to.
+        show(report, Console() if sys.stdout.isatty() else Console(width=_WIDE))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json_of(report) + "\n", encoding="utf-8")
     if given.docs:
