@@ -6,6 +6,7 @@ piece is being worked on beside the one that is in hand.
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,11 +14,19 @@ T = TypeVar("T")
 
 async def one_ahead(pieces: Generator[T]) -> AsyncGenerator[T, None]:
     """The pieces of a blocking generator; the next one is made while the one before is used. Closes the generator."""
-    making = _in_thread(pieces)
+    making = _in_thread(pieces, 2)  # two at first: most files are one piece, and its end is then known too
     try:
-        while held := await asyncio.shield(making):
-            making = _in_thread(pieces)
-            yield held.pop()
+        held = await asyncio.shield(making)
+        has_more = len(held) == 2
+        while held:
+            piece = held.pop(0)
+            if has_more and not held:
+                making = _in_thread(pieces, 1)
+            yield piece
+            del piece
+            if has_more and not held:
+                held = await asyncio.shield(making)
+                has_more = bool(held)
     finally:
         await _ended(making)  # a generator that runs in a thread cannot be closed
         pieces.close()
@@ -50,14 +59,12 @@ class OneBehind:
             await _ended(doing)
 
 
-def _in_thread(pieces: Generator[T]) -> asyncio.Future[list[T]]:
-    return asyncio.ensure_future(asyncio.to_thread(_next_of, pieces))
+def _in_thread(pieces: Generator[T], most: int) -> asyncio.Future[list[T]]:
+    return asyncio.ensure_future(asyncio.to_thread(_some_of, pieces, most))
 
 
-def _next_of(pieces: Generator[T]) -> list[T]:
-    for piece in pieces:
-        return [piece]
-    return []
+def _some_of(pieces: Generator[T], most: int) -> list[T]:
+    return list(islice(pieces, most))
 
 
 async def _ended(doing: asyncio.Future[T]) -> None:

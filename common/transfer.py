@@ -37,7 +37,6 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _CROWDED = frozenset({errno.EMFILE, errno.ENFILE})
 _lost: set[Path] = set()  # what an fsync of this process failed for
-_FOLDER_LOCKS = tuple(threading.Lock() for _ in range(64))
 _BROKEN = frozenset({errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE})
 
 
@@ -273,6 +272,31 @@ def rename_durably(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+class _FolderSyncs:
+    """Syncs of folders that share a lock: one at a time, and one for all who have asked before it began.
+
+    One at a time, because the kernel tells of a failure once, and whoever is second would be told that all is well.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun = 0
+        self._done: dict[Path, int] = {}  # by folder, the last one that began and succeeded
+
+    def sync(self, descriptor: int, folder: Path) -> None:
+        """As sync_folder."""
+        asked_after = self._begun  # that one may have begun before the caller's change
+        with self._lock:
+            if self._done.get(folder, 0) > asked_after:
+                return
+            self._begun += 1
+            sync(descriptor, folder)
+            self._done = {folder: self._begun}  # whoever waits for another folder syncs it
+
+
+_FOLDERS = tuple(_FolderSyncs() for _ in range(64))
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames and deletions inside a folder durable. Raises StorageFailed, TooBusy."""
     with named_failures(folder):
@@ -280,9 +304,7 @@ def sync_folder(folder: Path) -> None:
     try:
         with named_failures(folder):
             reach("folder.syncing")
-        # One at a time: the kernel tells of a failure once, and whoever is second would be told that all is well.
-        with _FOLDER_LOCKS[hash(folder) % len(_FOLDER_LOCKS)]:
-            sync(descriptor, folder)
+        _FOLDERS[hash(folder) % len(_FOLDERS)].sync(descriptor, folder)
     finally:
         os.close(descriptor)
     reach("folder.synced")

@@ -153,17 +153,16 @@ class Foundation:
             self._pins[digest] -= 1
             self._pins += Counter()  # drops what is at zero
 
-    def sweep(self) -> None:
-        """Deletes the blobs that nothing refers to. Never waits, so no submission can come in between.
+    def sweep(self) -> list[Path]:
+        """Sets aside the blobs that nothing refers to. Never waits, so no submission can come in between.
 
         Does nothing before the federation is founded: then no journal says what may be needed.
         """
         if self.manifest is None:
-            return
+            return []
         state = self.engine.state
         self.slices.keep_only(state.adapter_digest, *([state.best.adapter_digest] if state.best else []))
-        for digest in self.blobs.digests() - self._needed():
-            self.blobs.delete(digest)
+        return self.blobs.set_aside(self.blobs.digests() - self._needed())
 
     def _needed(self) -> set[str]:
         state = self.engine.state

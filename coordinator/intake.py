@@ -7,6 +7,7 @@ import asyncio
 import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,11 @@ from coordinator.inspection import Inspection
 from coordinator.inspectors import Allowance, Inspectors
 from coordinator.limits import Ledger, partition_bounds
 from coordinator.slices import BlobReference
-from coordinator.stores.uploads import Upload
+from coordinator.stores.uploads import Arrival
 
 MAX_METRICS = 64
+MAX_WRITES = 4  # chunks that are hashed and written at one time: more threads would keep the event loop from its turn
+SMALL_CHUNK_BYTES = 64 << 10
 _METRIC_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 SHARES = frozenset({"accuracy", "accuracy_norm", "exact_match", "token_accuracy"})  # of all examples or tokens
 MAX_METRIC = 1e30  # weighted means over a federation stay finite
@@ -61,6 +64,7 @@ class Intake:
         self._engine = foundation.engine
         self._known_member = known_member
         self._uploads = foundation.uploads
+        self._writes = asyncio.Semaphore(MAX_WRITES)
         self._unfinished: set[asyncio.Task[Any]] = set()
         # By client; gone with the last user.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -95,28 +99,35 @@ class Intake:
         self, client_id: str, digest: str, offset: int, chunks: AsyncIterator[bytes | memoryview]
     ) -> int:
         on_disk, whose = self._foundation.on_disk, f"client {client_id!r}"
-        upload: Upload = await self._to_the_end(on_disk(self._uploads.open, client_id, digest), _close)
+        arrival = self._uploads.arrival(client_id, digest)
         ends_at = asyncio.get_running_loop().time() + STREAM_SECONDS
         writing = OneBehind()  # hashed and written while the next chunk arrives
         try:
             while (chunk := await _next_of(chunks, ends_at, whose)) is not None:
                 if not chunk:
                     raise InvalidRequest(f"{whose}: an empty chunk at byte {offset}")
-                await writing.start(partial(on_disk, upload.append, offset, chunk))
+                await writing.start(partial(self._write, arrival, offset, chunk))
                 offset += len(chunk)
                 self.bytes_received += len(chunk)
                 del chunk  # a sender that falls silent must not hold a megabyte
                 self._engine.hear(client_id)  # a long upload is a sign of life
             await writing.settle()
-            reach("upload.ending")
-            return await on_disk(upload.finish)
+            return arrival.committed_bytes if arrival.is_complete else await on_disk(arrival.end)
         except CorruptTransfer:
             self.ledger.forget(client_id)
             raise
         finally:
-            await writing.abandon()
-            if not upload.has_ended:
-                await on_disk(upload.close)
+            await self._to_the_end(self._wind_up(writing, arrival))
+
+    async def _write(self, arrival: Arrival, offset: int, chunk: bytes | memoryview) -> None:
+        # A small chunk waits for the disk and not for a processor, and the disk serves many at once.
+        async with self._writes if len(chunk) > SMALL_CHUNK_BYTES else nullcontext():
+            await self._foundation.on_disk(arrival.take, offset, chunk)
+
+    async def _wind_up(self, writing: OneBehind, arrival: Arrival) -> None:
+        await writing.abandon()
+        if arrival.has_to_be_closed:
+            await self._foundation.on_disk(arrival.close)
 
     async def committed_bytes(self, client_id: str, enrol_key: str, digest: str) -> int:
         """How much of an upload is durable."""
@@ -216,17 +227,12 @@ class Intake:
                 raise WrongRank(f"{announced}, which is rank {other}, but its task is of rank {rank}: {needed}")
         raise WrongSize(f"{announced}, but {needed}")
 
-    async def _to_the_end(self, work: Coroutine[Any, Any, T], undo: Callable[[T], None] | None = None) -> T:
-        """The work's result. If the caller hangs up, the work goes on to its end, and `undo` takes its result back."""
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """The work's result. If the caller hangs up, the work goes on to its end."""
         task = asyncio.create_task(work)
         self._unfinished.add(task)
         task.add_done_callback(self._unfinished.discard)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if undo is not None:
-                task.add_done_callback(lambda done: _undo(done, undo))
-            raise
+        return await asyncio.shield(task)
 
 
 async def _next_of(chunks: AsyncIterator[bytes | memoryview], ends_at: float, whose: str) -> bytes | memoryview | None:
@@ -242,15 +248,6 @@ async def _next_of(chunks: AsyncIterator[bytes | memoryview], ends_at: float, wh
             f"{whose}: an upload that is silent for {CHUNK_WAIT_SECONDS:g} s or takes longer than "
             f"{STREAM_SECONDS:g} s gives its place to others; begin it again, it goes on where it was"
         ) from None
-
-
-def _undo(done: "asyncio.Task[T]", undo: Callable[[T], None]) -> None:
-    if not done.cancelled() and done.exception() is None:
-        undo(done.result())
-
-
-def _close(upload: Upload) -> None:
-    upload.close()
 
 
 def _check_numbers(client_id: str, num_examples: int, metrics: Mapping[str, float], seconds: float = 0.0) -> None:

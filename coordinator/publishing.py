@@ -84,7 +84,8 @@ class Publisher:
             return
         await foundation.slices.settle()  # a slice that is being written has no name yet to keep it by
         if not self._merging:  # likewise what a merge writes; it sweeps when it is done
-            foundation.sweep()
+            aside = foundation.sweep()
+            await foundation.on_disk(foundation.blobs.remove, aside)
         clients = foundation.engine.state.clients.values()
         gone = [c.client_id for c in clients if c.membership in (Membership.LEFT, Membership.EVICTED)]
         await foundation.on_disk(foundation.uploads.sweep, foundation.expected_uploaders(), gone)

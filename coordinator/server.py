@@ -4,6 +4,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import grpc.aio
@@ -42,6 +43,7 @@ from coordinator.stores.lock import lock_state_folder
 from coordinator.stores.owner import Owner, claim_state_folder
 from coordinator.tracking import track, trackers_of
 
+_DISK_THREADS = 32  # most of them wait for an fsync, and the kernel makes one of many that come together
 _GRACE_SECONDS = 10.0  # for calls in progress at a clean end
 _FAILED_GRACE_SECONDS = 1.0  # after a failure: long enough for health's watchers to hear of it, and for answers
 SERVICES = tuple(
@@ -73,6 +75,7 @@ async def run_coordinator(
     By `wall_clock` (unix seconds) certificates begin and end, and nothing else.
     """
     check_settings(config)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="disk"))
     security = security_of(config.server, wall_clock)
     with lock_state_folder(config.state_dir):
         blobs = FileBlobs(config.state_dir / "blobs")

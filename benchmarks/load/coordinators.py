@@ -19,9 +19,13 @@ _NICE = 5  # a load test must not starve what else runs on the machine
 class CoordinatorProcess:
     """One federation's coordinator; may be killed and started again on the same state folder and port."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """`settings` by section and key, as in federation.toml; the state folder and a free port are given here."""
+    def __init__(self, folder: Path, settings: Mapping[str, Any], program: tuple[str, ...] = ()) -> None:
+        """`settings` by section and key, as in federation.toml; the state folder and a free port are given here.
+
+        `program` is what is run with the settings file as its last argument, if not `raflora coordinator`.
+        """
         folder.mkdir(exist_ok=True)
+        self._program = program or ("-m", "cli.main", "coordinator", "--config")
         self.folder = folder
         self.state = folder / "state"
         self.log = folder / "coordinator.log"
@@ -53,7 +57,7 @@ class CoordinatorProcess:
         file.write_text(self._toml(), encoding="utf-8")
         with self.log.open("wb") as sink:
             self._process = await asyncio.create_subprocess_exec(
-                *("nice", "-n", str(_NICE), sys.executable, "-m", "cli.main", "coordinator", "--config", str(file)),
+                *("nice", "-n", str(_NICE), sys.executable, *self._program, str(file)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,

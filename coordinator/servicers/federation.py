@@ -11,7 +11,6 @@ from raflora.v1 import federation_pb2 as pb
 from raflora.v1 import federation_pb2_grpc
 
 from common.adapter import MAX_AXES, MAX_TENSORS, AdapterSpec, ModuleShape, TensorShape
-from common.chunk_message import Chunk
 from common.errors import InvalidRequest, ProtocolTooOld
 from common.failpoints import reach
 from common.plain import plain
@@ -113,8 +112,8 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         directive = pb.LEASE_DIRECTIVE_CONTINUE if goes_on else pb.LEASE_DIRECTIVE_STOP
         return pb.HeartbeatResponse(directive=directive)
 
-    async def DownloadAdapter(self, request: pb.DownloadAdapterRequest, context: _Context) -> AsyncIterator[Chunk]:
-        """The slice's bytes from an offset."""
+    async def DownloadAdapter(self, request: pb.DownloadAdapterRequest, context: _Context) -> AsyncIterator[Any]:
+        """The slice's bytes from an offset, as Chunks (see streams.py)."""
         digest = await self._service.slice_path(request.client_id, request.enrol_key, request.digest)
         content = chunks_of(self._service.blobs.open(digest), request.offset)
         number_bytes = self._service.foundation.known_manifest.adapter.wire_dtype.number_bytes
@@ -132,8 +131,8 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         reach("begin.answering")
         return pb.BeginUploadResponse(committed_bytes=committed, encodings=[pb.CONTENT_ENCODING_BYTE_PLANES])
 
-    async def UploadAdapter(self, request: AsyncIterator[Chunk], context: _Context) -> pb.UploadAdapterResponse:
-        """Takes chunks; the metadata says of what and from where."""
+    async def UploadAdapter(self, request: AsyncIterator[Any], context: _Context) -> pb.UploadAdapterResponse:
+        """Takes Chunks (see streams.py); the metadata says of what and from where."""
         said = _metadata_of(context)
         try:
             offset = _offset_in(said["raflora-offset"])

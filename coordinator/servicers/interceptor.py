@@ -43,6 +43,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, end_with: Callable[[StorageFailed], None]) -> None:
         self._end_with = end_with
+        self._guarded: dict[str, _Handler] = {}  # by method: a handler is the same for every call
 
     async def intercept_service(
         self,
@@ -50,6 +51,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler:
         """See grpc.aio.ServerInterceptor."""
+        known = self._guarded.get(handler_call_details.method)
+        if known is not None:
+            return known
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -57,7 +61,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         # A method that streams its answers is a generator, or a coroutine that writes them to the context.
         guard = _guard_stream if inspect.isasyncgenfunction(inner) else _guard
         guarded = guard(inner, handler_call_details.method, self._end_with)
-        return kind(guarded, handler.request_deserializer, handler.response_serializer)
+        made = kind(guarded, handler.request_deserializer, handler.response_serializer)
+        self._guarded[handler_call_details.method] = made
+        return made
 
 
 def method_of(handler: _Handler) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ Nothing here knows what the bytes mean. Four verbs, so that an object store can 
 import hashlib
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -67,6 +68,25 @@ class FileBlobs:
                 path.unlink(missing_ok=True)
             reach("blob.unlinked")
             sync_folder(path.parent)
+
+    def set_aside(self, digests: Iterable[str]) -> list[Path]:
+        """Forgets these bytes at once; the files that are left are for `remove`, since freeing much room takes long.
+
+        Not durable: what a crash brings back is found by the next sweep.
+        """
+        aside = []
+        for path in filter(Path.is_file, map(self._path, digests)):
+            with named_failures(path):
+                reach("blob.unlinking")
+                aside.append(path.replace(path.with_name(f"{path.name}.aside.part")))
+            reach("blob.unlinked")
+        return aside
+
+    def remove(self, aside: Iterable[Path]) -> None:
+        """Frees the room of what was set aside."""
+        for path in aside:
+            path.unlink(missing_ok=True)
+            reach("stray.unlinked")
 
     def adopt(self, path: Path, digest: str) -> None:
         """Takes in a durable, checked file of the same file system, without a copy; the source keeps its name.

@@ -11,8 +11,9 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from common.errors import CorruptStore, CorruptTransfer, InvalidRequest, TooBusy, UnknownBlob, UploadTakenOver
@@ -68,9 +69,55 @@ class Upload:
         """Whether there is nothing left to close; read without waiting for anybody."""
         return self._desk.part is not self._part
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole upload, as it was announced."""
+        return self._expected.size_bytes
+
     def _check_is_current(self) -> None:
         if self._desk.part is not self._part:
             raise UploadTakenOver(f"{self._expected.whose}: this stream has ended or a newer one carries the upload on")
+
+
+class Arrival:
+    """The chunks of one call: a stream that is opened by the first one and finished by the upload's last one.
+
+    So an upload of one chunk is one piece of work for one thread. Raises what UploadSpool.open and Upload do.
+    """
+
+    def __init__(self, open_stream: Callable[[], Upload]) -> None:
+        self._open_stream = open_stream
+        self._upload: Upload | None = None
+        self.committed_bytes = 0  # told by the end
+        self.is_complete = False
+
+    @property
+    def has_to_be_closed(self) -> bool:
+        """Whether a stream is left open; read without waiting for anybody."""
+        return self._upload is not None and not self._upload.has_ended
+
+    def take(self, offset: int, data: bytes | memoryview) -> None:
+        """Writes the next chunk; with the last one the upload is complete."""
+        upload = self._stream()
+        upload.append(offset, data)
+        if offset + len(data) == upload.size_bytes:
+            self.end()
+            self.is_complete = True
+
+    def end(self) -> int:
+        """Ends the stream; the bytes that are durable then."""
+        reach("upload.ending")
+        self.committed_bytes = self._stream().finish()
+        return self.committed_bytes
+
+    def close(self) -> None:
+        """Ends the stream if it has not ended yet; what arrived stays for the next one."""
+        self._stream().close()
+
+    def _stream(self) -> Upload:
+        if self._upload is None:
+            self._upload = self._open_stream()
+        return self._upload
 
 
 class UploadSpool:
@@ -125,6 +172,10 @@ class UploadSpool:
             expected = _expected(client_id, digest, _announced_bytes(path))
             desk.end_stream()
             return Upload(desk, desk.start_stream(path, expected), expected)
+
+    def arrival(self, client_id: str, digest: str) -> Arrival:
+        """The chunks of one call of an upload that was announced. Opens nothing yet."""
+        return Arrival(partial(self.open, client_id, digest))
 
     def committed_bytes(self, client_id: str, digest: str) -> int:
         """How much of this client's upload is durable; 0 if it never began."""
