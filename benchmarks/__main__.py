@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from benchmarks import recorded, report_picture
 from benchmarks.interleaved import MIN_REPETITIONS, Figure
@@ -29,12 +29,27 @@ _DOCS = Path(__file__).parent.parent / "docs"
 _SAYS = Console(stderr=True)
 _WIDE = 140
 
-Measure = Callable[[Progress, str | None, int], list[Figure]]
+Measure = Callable[["Steps", str | None, int], list[Figure]]
+
+
+class Steps(Progress):
+    """What is being measured: bars for the parts that count their turns, and a line for those that say what they do."""
+
+    _said: TaskID | None = None
+
+    def __call__(self, what: str) -> None:
+        """Says it, in the place of what was said before."""
+        if self._said is not None:
+            self.remove_task(self._said)
+        self._said = self.add_task(what, total=None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, tells, writes; the exit status is 0 whatever was measured."""
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.docs and given.only:
+        parser.error("--docs writes the whole page; leave --only out")
     report = measure(given.only, given.repetitions)
     if given.format == "json":
         print(json_of(report))
@@ -52,14 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(only: tuple[str, str | None] | None, repetitions: int) -> Report:
     """The parts one after the other, or the one that was asked for."""
-    before = setting()
-    figures: list[Figure] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_SAYS, transient=True) as progress:
-        for part in PARTS:
-            if only is None or only[0] == part:
-                of_part: Measure = import_module(f"benchmarks.{part}").figures
-                figures += of_part(progress, only[1] if only else None, repetitions)
+    before, figures = setting(), list[Figure]()
+    with Steps(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=_SAYS, transient=True
+    ) as steps:
+        for part in PARTS if only is None else (only[0],):
+            measure_part: Measure = import_module(f"benchmarks.{part}").figures
+            figures += measure_part(steps, only[1] if only else None, repetitions)
     return Report(before, tuple(figures), tuple(recorded.worse(figures, recorded.read())))
 
 
@@ -75,10 +89,10 @@ def write_docs(report: Report, docs: Path) -> None:
     """The tables of docs/performance.md and their pictures, of the parts that were measured."""
     page = docs / "performance.md"
     tables = {}
-    for part in report.parts:
+    for part, figures in report.parts.items():
         picture = f"images/bench-{part}.png"
         table = markdown_of(report, part)
-        if report_picture.draw(report.of(part), docs / picture):
+        if report_picture.draw(figures, docs / picture):
             table += f"\n\n![{part}: every figure against its bar]({picture})"
         tables[part] = table
     page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")

@@ -28,13 +28,12 @@ class Report:
     changes: tuple[Change, ...] = ()  # against the recorded figures, for the worse
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """In the order of the figures."""
-        return tuple(dict.fromkeys(figure.part for figure in self.figures))
-
-    def of(self, part: str) -> list[Figure]:
-        """The figures of one part."""
-        return [figure for figure in self.figures if figure.part == part]
+    def parts(self) -> Mapping[str, list[Figure]]:
+        """The figures by part, in the order in which they were measured."""
+        parts: dict[str, list[Figure]] = {}
+        for figure in self.figures:
+            parts.setdefault(figure.part, []).append(figure)
+        return parts
 
 
 def is_measured(figure: Figure) -> bool:
@@ -74,12 +73,12 @@ def json_of(report: Report) -> str:
 
 def show(report: Report, console: Console) -> None:
     """The tables, then the sentences, then when and where."""
-    for part in report.parts:
+    for part, figures in report.parts.items():
         table = Table(title=part, title_justify="left")
         table.add_column("figure", overflow="fold")
         for column in ("median", "lowest to highest", "bar", "goal", "reached"):
             table.add_column(column, justify="right")
-        for figure in report.of(part):
+        for figure in figures:
             table.add_row(figure.name, *_cells(figure))
         console.print(table)
     for sentence in sentences_of(report):
@@ -89,7 +88,7 @@ def show(report: Report, console: Console) -> None:
 
 def markdown_of(report: Report, part: str) -> str:
     """One part for a page: the setting, a table, and the notes that say what was compared."""
-    figures = report.of(part)
+    figures = report.parts[part]
     setting = ", ".join(f"{name} {value}" for name, value in report.setting.items())
     lines = [f"Measured on {setting}:", ""]
     lines += ["| | median | lowest to highest | bar | goal | reached |", "|---|---|---|---|---|---|"]

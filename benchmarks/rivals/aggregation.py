@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
 from benchmarks.aggregation import Case, Inputs, inputs_of, raflora
@@ -58,34 +57,33 @@ RIVALS = (
 )
 
 
-def figures(progress: Progress, only: str | None, repetitions: int) -> list[Figure]:
+def figures(progress: Callable[[str], None], only: str | None, repetitions: int) -> list[Figure]:
     """One figure a rival and case; a case is a shape."""
-    rivals = prepare(progress.console.print)
+    rivals = prepare(progress)
     cases = {name: case for name, case in CASES.items() if only in {None, name}}
-    bar = progress.add_task("aggregation of others", total=len(cases) * len(RIVALS) * (repetitions + 1))
     found = []
     for name, case in cases.items():
         inputs = inputs_of(case)
         for rival in RIVALS:
             trial = Trial(rival, name, inputs, repetitions)
-            found.append(_figure(rivals, trial, lambda: progress.advance(bar)))
-    progress.remove_task(bar)
+            progress(f"{rival.label}, {name}")
+            found.append(_figure(rivals, trial))
     return found
 
 
-def _figure(rivals: Rivals, trial: Trial, after_turn: Callable[[], None]) -> Figure:
+def _figure(rivals: Rivals, trial: Trial) -> Figure:
     rival = trial.rival
     figure = Figure(PART, f"{rival.label}, {trial.case}, {CLIENTS} clients", NOT_MEASURED, "x", rival.goal, rival.note)
     if why := rivals.why_not(*rival.packages):
         return replace(figure, note=why)
     try:
-        ours, theirs = _turns(rivals, trial, after_turn)
+        ours, theirs = _turns(rivals, trial)
     except ProgramFailed as error:
         return replace(figure, note=str(error))
     return replace(figure, value=cpu_ratio(theirs, ours))
 
 
-def _turns(rivals: Rivals, trial: Trial, after_turn: Callable[[], None]) -> tuple[list[Turn], list[Turn]]:
+def _turns(rivals: Rivals, trial: Trial) -> tuple[list[Turn], list[Turn]]:
     """Ours and theirs, in turn. Raises ProgramFailed."""
     with tempfile.TemporaryDirectory(prefix="raflora-rivals-") as folder, threadpool_limits(limits=1):
         file = Path(folder) / "factors.npz"
@@ -98,7 +96,6 @@ def _turns(rivals: Rivals, trial: Trial, after_turn: Callable[[], None]) -> tupl
                     "theirs": lambda: Turn(**theirs.ask(trial.rival.contender, _TURN_SECONDS)),
                 },
                 trial.repetitions,
-                lambda name: after_turn() if name == "theirs" else None,
             )
     return turns["ours"], turns["theirs"]
 

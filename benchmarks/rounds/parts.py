@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.progress import Progress
-
 from benchmarks.interleaved import Figure, Goal, Spread, Turn, cpu_ratio, wall_ratio
 from benchmarks.load import idle
 from benchmarks.programs import ProgramFailed, take_turns
@@ -63,61 +61,61 @@ SIZES = {
 }
 
 
-def figures(progress: Progress, only: str | None, repetitions: int) -> list[Figure]:
-    """All cases, or one: empty, 10mb, 50mb, idle."""
+def figures(progress: Callable[[str], None], only: str | None, repetitions: int) -> list[Figure]:
+    """All cases, or one: empty, 10mb, 50mb, idle. `progress` is told what is being done."""
     sizes = [size for name, size in SIZES.items() if only in {None, name}]
     found = []
     if sizes:
-        bar = progress.add_task("rounds", total=len(sizes) * (repetitions + 1))
-        found = _rounds(prepare(progress.console.print), sizes, repetitions, lambda: progress.advance(bar))
-        progress.remove_task(bar)
+        found = _rounds(prepare(progress), sizes, repetitions, progress)
     if only in {None, "idle"}:
-        bar = progress.add_task(f"{IDLE_WORKERS:,} workers wait", total=None)
+        progress(f"{IDLE_WORKERS:,} workers wait")
         found += _idle()
-        progress.remove_task(bar)
     return found
 
 
-def _rounds(rivals: Rivals, sizes: list[Size], repetitions: int, after_turn: Callable[[], None]) -> list[Figure]:
+def _rounds(rivals: Rivals, sizes: list[Size], repetitions: int, progress: Callable[[str], None]) -> list[Figure]:
     """With Flower, or without it where it cannot run."""
     if why := rivals.why_not("flwr"):
-        return _alone(sizes, repetitions, why, after_turn)
+        return _alone(sizes, repetitions, why, progress)
     try:
-        return _beside_flower(rivals, sizes, repetitions, after_turn)
+        return _beside_flower(rivals, sizes, repetitions, progress)
     except ProgramFailed as error:
-        return _alone(sizes, repetitions, str(error), after_turn)
+        return _alone(sizes, repetitions, str(error), progress)
 
 
-def _beside_flower(rivals: Rivals, sizes: list[Size], repetitions: int, after_turn: Callable[[], None]) -> list[Figure]:
+def _beside_flower(
+    rivals: Rivals, sizes: list[Size], repetitions: int, progress: Callable[[str], None]
+) -> list[Figure]:
     found = []
+    progress("starting Flower")
     with (
         tempfile.TemporaryDirectory(prefix="raflora-flower-") as folder,
         flower_rounds(rivals, Path(folder), WORKERS) as flower,
     ):
         for size in sizes:
-            turns = _turns(size, {"flower": partial(flower.turn, size.flower_bytes)}, repetitions, after_turn)
+            turns = _turns(size, {"flower": partial(flower.turn, size.flower_bytes)}, repetitions, progress)
             found += _compared(size, turns["ours"], turns["flower"])
     return found
 
 
-def _alone(sizes: list[Size], repetitions: int, why: str, after_turn: Callable[[], None]) -> list[Figure]:
+def _alone(sizes: list[Size], repetitions: int, why: str, progress: Callable[[str], None]) -> list[Figure]:
     found = []
     for size in sizes:
-        ours = _turns(size, {}, repetitions, after_turn)["ours"]
+        ours = _turns(size, {}, repetitions, progress)["ours"]
         found += [Figure(PART, f"{size.label}, against Flower's", NOT_MEASURED, "x", size.goal, why)]
         found += _seconds(f"{size.label}, ours", ours, _OURS)
     return found
 
 
 def _turns(
-    size: Size, others: Mapping[str, Callable[[], Turn]], repetitions: int, after_turn: Callable[[], None]
+    size: Size, others: Mapping[str, Callable[[], Turn]], repetitions: int, progress: Callable[[str], None]
 ) -> dict[str, list[Turn]]:
     with (
         tempfile.TemporaryDirectory(prefix="raflora-rounds-") as folder,
         our_rounds(Path(folder) / "federation", WORKERS, size.num_modules) as ours,
     ):
         contenders = {"ours": ours.turn, **others}
-        return take_turns(contenders, repetitions, lambda name: after_turn() if name == "ours" else None)
+        return take_turns(contenders, repetitions, lambda name: progress(f"{size.label}: {name} had a turn"))
 
 
 def _compared(size: Size, ours: list[Turn], flower: list[Turn]) -> list[Figure]:
