@@ -6,9 +6,10 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np  # loads the BLAS that is asked about
 from threadpoolctl import threadpool_info
 
-_PACKAGES = ("numpy", "grpcio", "protobuf")
+_PACKAGES = ("grpcio", "protobuf")
 
 
 def setting() -> dict[str, str]:
@@ -22,6 +23,7 @@ def setting() -> dict[str, str]:
         "load": f"{os.getloadavg()[0]:.1f} before it began",
         "system": f"{platform.system()} {platform.release()}",
         "Python": platform.python_version(),
+        "numpy": np.__version__,
         **{package: version(package) for package in _PACKAGES},
         "BLAS": ", ".join(dict.fromkeys(blas)),
     }
