@@ -119,3 +119,23 @@ def test_what_a_crash_left_half_written_is_swept(blobs: FileBlobs) -> None:
     blobs.sweep()
     assert not half.exists()
     assert blobs.verify(digest).read_bytes() == ADA
+
+
+def test_what_is_set_aside_is_gone_at_once_and_its_room_later(blobs: FileBlobs) -> None:
+    kept, dropped = blobs.put(ADA), blobs.put(BOB)
+    (aside,) = blobs.set_aside([dropped, digest_of(b"never stored")])
+    assert blobs.digests() == {kept}
+    with pytest.raises(UnknownBlob):
+        blobs.open(dropped)
+    assert aside.read_bytes() == BOB
+    assert blobs.put(BOB) == dropped  # it may come back before the room is freed
+    blobs.remove([aside])
+    blobs.remove([aside])
+    assert not aside.exists()
+    assert blobs.verify(dropped).read_bytes() == BOB
+
+
+def test_what_was_set_aside_when_the_process_died_is_swept(blobs: FileBlobs) -> None:
+    (aside,) = blobs.set_aside([blobs.put(ADA)])
+    blobs.sweep()
+    assert not aside.exists()

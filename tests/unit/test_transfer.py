@@ -1,6 +1,7 @@
 """Transfers that are cut, resumed and lied about."""
 
 import errno
+import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -257,3 +258,73 @@ def test_after_a_failed_fsync_of_a_folder_nobody_is_told_that_it_is_durable(
         sync_folder(tmp_path)
     monkeypatch.setattr(transfer, "_lost", set())  # as in a new process
     sync_folder(tmp_path)
+
+
+class Turns:
+    """In place of a lock: what somebody else does in the moment before it is ours."""
+
+    def __init__(self, *before: Callable[[], None]) -> None:
+        self._before = list(before)
+
+    def __enter__(self) -> None:
+        if self._before:
+            self._before.pop()()
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_a_sync_that_began_after_the_question_answers_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    syncs = transfer._FolderSyncs()
+    monkeypatch.setattr(syncs, "_lock", Turns(lambda: syncs.sync(7, tmp_path)))
+    syncs.sync(8, tmp_path)
+    assert synced == [7]
+    monkeypatch.setattr(syncs, "_lock", Turns(lambda: syncs.sync(7, tmp_path / "other")))
+    syncs.sync(8, tmp_path)
+    assert synced == [7, 7, 8]
+
+
+def test_a_sync_that_had_begun_before_the_question_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    syncs = transfer._FolderSyncs()
+
+    def fsync(descriptor: int) -> None:
+        synced.append(descriptor)
+        if descriptor == 7:  # what it is called for may have come too late for it
+            syncs.sync(8, tmp_path)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(syncs, "_lock", Turns())
+    syncs.sync(7, tmp_path)
+    assert synced == [7, 8]
+
+
+def test_nothing_is_read_again_where_the_digest_ran_along(part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = PartFile(part, expected())
+    first.append(0, CONTENT[:400])
+    first.sync()
+    first.close()
+    second = PartFile(part, expected(), first.digest)
+    second.append(400, CONTENT[400:])
+    monkeypatch.delattr(hashlib, "file_digest")
+    second.finish(part.with_name("whole"))
+    assert part.with_name("whole").read_bytes() == CONTENT
+
+
+def test_a_digest_of_more_bytes_than_are_found_counts_for_nothing(part: Path) -> None:
+    first = PartFile(part, expected())
+    first.append(0, CONTENT[:400])
+    first.close()
+    os.truncate(part, 300)  # a crash of the machine
+    second = PartFile(part, expected(), first.digest)
+    second.append(300, CONTENT[300:])
+    second.finish(part.with_name("whole"))
+    assert part.with_name("whole").read_bytes() == CONTENT
+
+
+def test_chunks_end_at_multiples_so_that_no_number_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 300)
+    file = tmp_path / "slice"
+    file.write_bytes(CONTENT)
+    assert [len(chunk) for chunk in chunks_of(file, 123)] == [177, 300, 300, 100]

@@ -343,3 +343,32 @@ def test_files_that_are_no_uploads_are_removed_at_start(tmp_path: Path) -> None:
     open_spool(tmp_path)
     assert [path.name for path in (tmp_path / "uploads").glob("**/*") if path.is_file()] == [DIGEST]
     assert not (tmp_path / "uploads" / "empty").exists()
+
+
+def test_an_upload_of_several_calls_is_hashed_as_it_comes(spool: UploadSpool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("hashlib.file_digest")
+    assert send(spool, stop_at=3000) == 3000
+    assert send(spool) == SIZE
+
+
+def test_the_chunks_of_a_call_open_nothing_before_the_first_and_complete_with_the_last(spool: UploadSpool) -> None:
+    spool.begin("ada", DIGEST, SIZE)
+    older = spool.open("ada", DIGEST)
+    arrival = spool.arrival("ada", DIGEST)
+    older.append(0, CONTENT[:1000])  # nobody has taken the upload over yet
+    older.close()
+    assert not arrival.has_to_be_closed
+    arrival.take(1000, memoryview(CONTENT)[1000:2000])
+    assert arrival.has_to_be_closed
+    arrival.take(2000, CONTENT[2000:])
+    assert (arrival.is_complete, arrival.has_to_be_closed, arrival.committed_bytes) == (True, False, SIZE)
+    assert spool.completed_path("ada", DIGEST).read_bytes() == CONTENT
+    with pytest.raises(UploadTakenOver):
+        arrival.take(SIZE, b"more")
+
+
+def test_a_call_without_a_chunk_still_says_what_is_durable(spool: UploadSpool) -> None:
+    with pytest.raises(UnknownBlob):
+        spool.arrival("ada", DIGEST).end()
+    send(spool, stop_at=1000)
+    assert spool.arrival("ada", DIGEST).end() == 1000
