@@ -4,7 +4,7 @@ Every part of `make bench` measures with this: an unmeasured turn each, then `re
 contender has one turn. A ratio is taken within a round, so that both sides of it met the same machine.
 """
 
-import os
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -95,5 +95,6 @@ def wall_ratio(slower: list[Turn], faster: list[Turn]) -> Spread:
 
 
 def _cpu_seconds() -> float:
-    times = os.times()
-    return float(times.user + times.system + times.children_user + times.children_system)
+    # Not os.times(), which counts in hundredths of a second: a turn may be shorter.
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime

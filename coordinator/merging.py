@@ -105,6 +105,9 @@ def merge(
         updates=len(command.inputs),
         rho=round(report.rho, 4),
         effective_rank=round(report.effective_rank, 2),
+        half_passes=report.certificate.half_passes,
+        residual=float(f"{report.certificate.residual:.2g}"),
+        captured=round(report.certificate.captured, 6),
         seconds=round(seconds, 3),
     )
     return Merged(digest, report, seconds)

@@ -9,29 +9,34 @@ from common.adapter import Factors
 from coordinator.aggregation.certificate import Certificate
 from coordinator.aggregation.low_rank import LowRank, Matrix, captured_share, completed, truncate_product
 from coordinator.aggregation.stack import Stack, Weighted
-from coordinator.aggregation.subspace import leading_triplets
+from coordinator.aggregation.subspace import PROBES, leading_triplets
 from coordinator.aggregation.updates import Part
 
 _MIN_RATIO = 2.5  # of directions to the rank: below it two QR decompositions are faster
 _MIN_DIRECTIONS = 128  # below it everything is over in milliseconds
-_MIN_SIDE_RANKS = 5  # the layer's smaller side in ranks: the bases need room
+_MIN_SIDE_RANKS = 5  # the layer's smaller side in ranks, beside the probes: the bases need room
 
 
 def is_large(previous: Factors, parts: Sequence[Part]) -> bool:
     """Whether iterating pays for a stack of these parts."""
     directions = sum(part.rank for part in parts)
     side = min(previous.lora_B.shape[0], previous.lora_A.shape[1])
-    return directions > max(_MIN_RATIO * previous.rank, _MIN_DIRECTIONS) and side >= _MIN_SIDE_RANKS * previous.rank
+    return (
+        directions > max(_MIN_RATIO * previous.rank, _MIN_DIRECTIONS)
+        and side >= _MIN_SIDE_RANKS * previous.rank + PROBES
+    )
 
 
-def truncate_stack(entries: Sequence[Weighted], reserve: Matrix, *, check: Callable[[], None]) -> LowRank:
+def truncate_stack(
+    entries: Sequence[Weighted], reserve: Matrix, *, kept_bytes: int, check: Callable[[], None]
+) -> LowRank:
     """The best approximation of rank len(reserve) of the weighted sum of the entries' products.
 
     `reserve` is as in truncate_product. `check` looks at every number and raises NotFinite for one that is not
     finite; it is asked only when the result says that there is one.
     """
     rank = len(reserve)
-    stack = Stack(entries, rank)
+    stack = Stack(entries, rank, kept_bytes=kept_bytes)
     if np.isfinite(stack.noise):
         found = leading_triplets(
             stack, stack.mean_rows.T.astype(np.float64), rank, noise=stack.noise, rng=_generator(entries)

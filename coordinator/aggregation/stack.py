@@ -16,7 +16,7 @@ from coordinator.aggregation.low_rank import Matrix
 from coordinator.aggregation.updates import Part
 
 BLOCK_ROWS = 256  # directions that are multiplied at once: enough for BLAS, 6.3 MB of a 3072 x 3072 layer
-KEPT_BYTES = 16 << 20  # of blocks that stay in memory between passes; the rest is read anew in each
+KEPT_BYTES = 8 << 20  # of blocks from files that stay in memory between passes; the rest is read anew in each
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _Block:
 class Stack:
     """The operator. Not safe to share between threads: blocks that are not kept use one buffer in turn."""
 
-    def __init__(self, entries: Sequence[Weighted], global_rank: int, *, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, entries: Sequence[Weighted], global_rank: int, *, kept_bytes: int) -> None:
         self.shape = entries[0].part.shape
         self.directions = sum(entry.part.rank for entry in entries)
         self._groups = _grouped(entries)

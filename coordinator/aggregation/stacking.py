@@ -17,8 +17,10 @@ from coordinator.aggregation.checks import check_finite, check_shapes, to_single
 from coordinator.aggregation.iterated import is_large, truncate_stack
 from coordinator.aggregation.low_rank import LowRank, Matrix, truncate_product
 from coordinator.aggregation.method import Merged
-from coordinator.aggregation.stack import Weighted
-from coordinator.aggregation.updates import HeldPart, parts_of
+from coordinator.aggregation.stack import KEPT_BYTES, Weighted
+from coordinator.aggregation.updates import HeldPart, Updates, parts_of
+
+_HELD_TWICE_BYTES = 256 << 20  # of factors that are in memory anyway: one module's may be copied side by side
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def truncated_stack(
         entries = [Weighted(part, share[: part.rank]) for part, share in zip(parts, weights.updates, strict=True)]
         if weights.previous.any():
             entries.insert(0, Weighted(HeldPart(previous), weights.previous))
-        return truncate_stack(entries, rows, check=partial(check_finite, updates))
+        kept_bytes = KEPT_BYTES if isinstance(updates, Updates) else _HELD_TWICE_BYTES
+        return truncate_stack(entries, rows, kept_bytes=kept_bytes, check=partial(check_finite, updates))
     check_finite(updates)
     left = [previous.lora_B * weights.previous]
     left += [u.lora_B * share[: u.rank] for u, share in zip(updates, weights.updates, strict=True)]

@@ -8,6 +8,7 @@ passes and a flat spectrum a few more. Panels, T and everything small are float6
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -61,6 +62,34 @@ class _Ritz:
     right: Matrix  # [columns of P, at most rank]
 
 
+@dataclass(frozen=True)
+class _Core:
+    """T between two half passes."""
+
+    T: Matrix  # [columns of Q, columns of P]
+    rank: int
+
+    @cached_property
+    def ritz(self) -> _Ritz:
+        """Its SVD, for whoever asks: not after every half pass."""
+        return _ritz_of(self.T, self.rank)
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """What a half pass found outside of the basis, and the core that it was not yet part of."""
+
+    core: _Core
+    gram: Matrix  # of the images of the newest block, without their part within the basis
+    is_right: bool  # whether the block was one of P
+
+    def residual(self) -> float:
+        """Of the triplets of that core: their part in the block that was multiplied, as it came out."""
+        vectors = self.core.ritz.right if self.is_right else self.core.ritz.left
+        parts = vectors[len(vectors) - len(self.gram) :]
+        return float(np.sqrt(max(np.sum(parts * (self.gram @ parts)), 0.0)))
+
+
 def leading_triplets(
     operator: Operator, start: Matrix, rank: int, *, noise: float, rng: np.random.Generator
 ) -> Triplets:
@@ -75,33 +104,63 @@ def leading_triplets(
     return iteration.result()
 
 
+class _Basis:
+    """Orthonormal columns that become more; room is made for several blocks at once."""
+
+    def __init__(self, block: Matrix, rows: int, room: int) -> None:
+        self._columns = np.empty((rows, room))
+        self.width = 0
+        self.append(block)
+
+    @property
+    def columns(self) -> Matrix:
+        """[rows, width], a view."""
+        return self._columns[:, : self.width]
+
+    def append(self, block: Matrix) -> None:
+        """Columns that are orthonormal, and orthogonal to all others."""
+        end = self.width + block.shape[1]
+        if end > self._columns.shape[1]:
+            grown = np.empty((len(self._columns), 2 * end))
+            grown[:, : self.width] = self.columns
+            self._columns = grown
+        self._columns[:, self.width : end] = block
+        self.width = end
+
+    def project(self, panel: Matrix) -> Matrix:
+        """The coefficients of a panel's part within the basis, which is taken out of the panel."""
+        coefficients: Matrix = self.columns.T @ panel
+        panel -= self.columns @ coefficients
+        return coefficients
+
+
 class _Iteration:
     """The bases as they grow. An object because every half pass needs all that came before it."""
 
     def __init__(self, operator: Operator, start: Matrix, rank: int, *, noise: float, rng: np.random.Generator) -> None:
         self._operator, self._rank, self._noise, self._rng = operator, rank, noise, rng
-        self._P = _filled(start, rank, rng)
-        self._Q: Matrix = np.zeros((operator.shape[0], 0))
-        self._T: Matrix = np.zeros((0, rank))
-        self._new = self._P  # the block that the next half pass multiplies: the last columns of P or of Q
+        out_features, in_features = operator.shape
+        self._new = _filled(start, rank, rng)  # the block that the next half pass multiplies
+        self._P = _Basis(self._new, in_features, 3 * (rank + PROBES))
+        self._Q = _Basis(np.zeros((out_features, 0)), out_features, 2 * (rank + PROBES))
+        self._core = _Core(np.zeros((0, rank)), rank)
         self._half_passes = 0
-        self._ritz = _Ritz(np.zeros((0, 0)), np.zeros(0), np.zeros((rank, 0)))
-        self._coupling = 0.0  # the norm of what the last half pass found outside of the basis
         self._fresh = rank  # columns of the newest block without the probes
-        self._residual = 0.0
+        self._gram: Matrix = np.zeros((0, 0))  # of what the last half pass found outside of the basis
+        self._outside = _Outside(self._core, np.zeros((0, 0)), is_right=True)
         self._total = 0.0  # the operator's energy, estimated once the probes are multiplied
 
     @property
     def is_over(self) -> bool:
         """Whether another half pass would gain nothing, or cannot be afforded."""
-        return self.is_converged or self._half_passes >= MAX_HALF_PASSES or self._is_full()
+        return self.is_converged or self._half_passes >= MAX_HALF_PASSES
 
     @property
     def is_converged(self) -> bool:
         """Whether the remaining gain is below the tolerance. The probes must have been multiplied for that."""
         if self._half_passes < _PROBED:
             return False
-        return self._new.shape[1] == 0 or self._remaining() <= self._allowed()
+        return bool(self._new.shape[1] == 0 or self._remaining() <= self._allowed())
 
     def advance(self) -> None:
         """One half pass."""
@@ -110,63 +169,62 @@ class _Iteration:
             self._forward()
         else:
             self._backward()
-        self._ritz = _ritz_of(self._T, self._rank)
 
     def result(self) -> Triplets:
         """What the bases hold now."""
-        values = self._ritz.values[: self._rank]
+        ritz = self._core.ritz
+        values = ritz.values[: self._rank]
         live = int(np.count_nonzero(values > self._noise))
         values = values[:live]
         return Triplets(
-            left=self._Q @ self._ritz.left[:, :live],
+            left=self._Q.columns @ ritz.left[:, :live],
             values=values,
-            right=self._P @ self._ritz.right[:, :live],
+            right=self._P.columns @ ritz.right[:, :live],
             energy_lost=self._lost(),
-            residual=self._residual / float(values[-1]) if live else 0.0,
+            residual=self._outside.residual() / float(values[-1]) if live else 0.0,
             half_passes=self._half_passes,
             is_converged=self.is_converged,
         )
 
     def _forward(self) -> None:
-        probed = self._half_passes == _PROBED
-        known = self._P.shape[1]
-        if probed:
-            probes = _outside(self._P, self._rng.standard_normal((self._P.shape[0], PROBES)))
-            self._P = np.hstack([self._P, probes])
+        known = self._P.width
+        if self._half_passes == _PROBED:
+            probes = _outside(self._P.columns, self._rng.standard_normal((self._operator.shape[1], PROBES)))
+            self._P.append(probes)
             self._new = np.hstack([self._new, probes])
         images = self._multiply(self._operator.forward)
-        coefficients = self._Q.T @ images
-        panel = images - self._Q @ coefficients
-        block, triangle, gram = orthonormal(panel, self._noise)
-        above = np.hstack([self._T[:, : self._P.shape[1] - self._new.shape[1]], coefficients])
-        below = np.hstack([np.zeros((len(triangle), above.shape[1] - self._new.shape[1])), triangle])
-        self._measure(self._ritz.right, gram)
-        self._T = np.vstack([above, below])
-        self._Q, self._new, self._fresh = np.hstack([self._Q, block]), block, block.shape[1]
-        if probed:
-            beyond = np.sum(images[:, -PROBES:] ** 2) * (self._P.shape[0] - known) / PROBES
-            self._total = float(np.sum(self._T[:, :known] ** 2) + beyond)
+        if self._half_passes == _PROBED:
+            beyond = float(np.sum(images[:, -PROBES:] ** 2)) * (self._operator.shape[1] - known) / PROBES
+        coefficients = self._Q.project(images)
+        block, triangle, gram = orthonormal(images, self._noise)
+        self._found(gram, is_right=True)
+        old = self._P.width - self._new.shape[1]
+        above = np.hstack([self._core.T[:, :old], coefficients])
+        below = np.hstack([np.zeros((len(triangle), old)), triangle])
+        self._core = _Core(np.vstack([above, below]), self._rank)
+        self._Q.append(block)
+        self._new, self._fresh = block, block.shape[1]
+        if self._half_passes == _PROBED:
+            self._total = float(np.sum(self._core.T[:, :known] ** 2)) + beyond
 
     def _backward(self) -> None:
         images = self._multiply(self._operator.backward)
-        panel = images - self._P @ (self._P.T @ images)
-        block, triangle, gram = orthonormal(panel, self._noise)
-        self._measure(self._ritz.left, gram)
-        beside = np.zeros((self._T.shape[0], block.shape[1]))
-        beside[self._T.shape[0] - self._new.shape[1] :] = triangle.T
-        self._T = np.hstack([self._T, beside])
-        self._P, self._new, self._fresh = np.hstack([self._P, block]), block, block.shape[1]
+        self._P.project(images)
+        block, triangle, gram = orthonormal(images, self._noise)
+        self._found(gram, is_right=False)
+        beside = np.zeros((self._Q.width, block.shape[1]))
+        beside[self._Q.width - self._new.shape[1] :] = triangle.T
+        self._core = _Core(np.hstack([self._core.T, beside]), self._rank)
+        self._P.append(block)
+        self._new, self._fresh = block, block.shape[1]
 
     def _multiply(self, half: Callable[[Array], Array]) -> Matrix:
         return half(self._new.astype(np.float32)).astype(np.float64)
 
-    def _measure(self, vectors: Matrix, gram: Matrix) -> None:
-        """The residual of the triplets so far: what the half pass found outside of the basis, as they combine it."""
-        self._coupling = float(np.sqrt(np.linalg.norm(gram, 2))) if len(gram) else 0.0
-        parts = vectors[max(len(vectors) - self._fresh, 0) :]
-        if len(parts):
-            gram = gram[: len(parts), : len(parts)]  # without the probes, which the triplets do not have yet
-            self._residual = float(np.sqrt(max(np.sum(parts * (gram @ parts)), 0.0)))
+    def _found(self, gram: Matrix, *, is_right: bool) -> None:
+        self._gram = gram
+        if self._fresh:  # else the probes alone were multiplied, which the triplets do not have yet
+            self._outside = _Outside(self._core, gram[: self._fresh, : self._fresh], is_right=is_right)
 
     def _remaining(self) -> float:
         """The energy that further half passes would add to the triplets, to first order.
@@ -174,28 +232,23 @@ class _Iteration:
         A triplet's residual is its part in the newest block times what that block leads to; the latter is not known
         yet, and is taken for as large as what led to the block. A close next value slows the convergence down.
         """
-        vectors = self._ritz.right if self._half_passes % 2 == 0 else self._ritz.left
-        values = self._ritz.values
+        ritz = self._core.ritz
+        vectors, values = ritz.right if self._half_passes % 2 == 0 else ritz.left, ritz.values
         live = min(self._rank, int(np.count_nonzero(values > self._noise)))
         parts = vectors[len(vectors) - self._new.shape[1] :, :live]
-        residuals = self._coupling**2 * np.sum(parts**2, axis=0)
+        residuals = float(np.linalg.norm(self._gram, 2)) * np.sum(parts**2, axis=0)
         following = values[live] if live < len(values) else 0.0
         gaps = np.maximum(values[:live] ** 2 - following**2, _ROUNDOFF * values[:live] ** 2)
         return float(np.sum(residuals * values[:live] ** 2 / gaps))
 
     def _allowed(self) -> float:
         # An error of TOLERANCE over the optimum is twice that in energy. What float32 cannot hold is not gained either.
-        return 2.0 * TOLERANCE * self._lost() + (_ROUNDOFF * float(np.linalg.norm(self._ritz.values))) ** 2
+        return 2.0 * TOLERANCE * self._lost() + (_ROUNDOFF * float(np.linalg.norm(self._core.ritz.values))) ** 2
 
     def _lost(self) -> float:
-        values = self._ritz.values
+        values = self._core.ritz.values
         lost = max(self._total - float(np.sum(values[: self._rank] ** 2)), float(np.sum(values[self._rank :] ** 2)))
         return lost if lost > self._noise**2 else 0.0
-
-    def _is_full(self) -> bool:
-        """Whether the bases have no room for one more block."""
-        room = min(self._P.shape[0] - self._P.shape[1], self._Q.shape[0] - self._Q.shape[1])
-        return bool(room < self._new.shape[1] + PROBES)
 
 
 def orthonormal(panel: Matrix, floor: float) -> tuple[Matrix, Matrix, Matrix]:

@@ -1,6 +1,7 @@
 """The federation's state as messages for people and machines: nothing is asked of anybody and nothing changed."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import inf
 
 from raflora.v1 import status_pb2 as pb
@@ -229,6 +230,7 @@ def _round(state: State, manifest: Manifest, record: RoundRecord) -> pb.RoundSum
             [c.update.metrics.get("train_loss") for c in record.contributions],
             [c.update.num_examples for c in record.contributions],
         ),
+        certificate=pb.AggregationCertificate(**asdict(report.certificate)),
     )
 
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from coordinator.aggregation.certificate import Certificate, RoundCertificate, worst_of
 from coordinator.aggregation.forecast import CollapseForecast, forecast_collapse
 from coordinator.aggregation.report import Participation, RankPartition, RoundReport, report_round, spectrum_of
 
@@ -76,6 +77,20 @@ def test_a_report_of_an_older_journal_can_be_read() -> None:
     report = RoundReport.from_json(json.loads(old))
     assert report.partitions == (RankPartition(0, 2, 1.0, 1, 1.0),)
     assert report.norm == 2.0
+    assert report.certificate == RoundCertificate()
+
+
+def test_a_report_survives_the_journal_with_its_certificate() -> None:
+    certificates = [
+        Certificate("exact"),
+        Certificate("iteration", half_passes=4, residual=1e-3, captured=0.99),
+        Certificate("iteration", half_passes=7, residual=1e-5, captured=0.98),
+        Certificate("dense", captured=0.9),
+    ]
+    worst = worst_of(certificates)
+    assert worst == RoundCertificate(half_passes=7, residual=1e-3, captured=0.9, exact=1, iterated=2, dense=1)
+    report = report_round(spectra([3.0, 1.0]), 0.5, Participation((1, 2), (2, 5), (1, 2)), worst)
+    assert RoundReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
 # --- The forecast

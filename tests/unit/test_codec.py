@@ -23,6 +23,7 @@ from common.codec import (
     encode,
     name_of_lora_A,
     name_of_lora_B,
+    read_into,
     read_module,
     read_tensor,
 )
@@ -283,6 +284,20 @@ def test_one_module_or_tensor_can_be_read_alone(dtype: WireDtype, tmp_path: Path
         np.testing.assert_array_equal(found.lora_B, factors.lora_B)
     for name, tensor in adapter.tensors.items():
         np.testing.assert_array_equal(read_tensor(file, layout, name), tensor)
+
+
+@pytest.mark.parametrize("dtype", list(WireDtype))
+def test_a_tensor_is_read_into_memory_of_its_readers(tmp_path: Path, dtype: WireDtype) -> None:
+    adapter, layout = filled(SPEC, 3, dtype), Layout(SPEC, 3, dtype)
+    file = tmp_path / "adapter"
+    file.write_bytes(encode(adapter, dtype))
+    target = np.zeros((5, 4), np.float32)
+    read_into(file, layout, name_of_lora_A(SPEC.modules[1].name), target[1:4])
+    np.testing.assert_array_equal(target[1:4], adapter.modules[SPEC.modules[1].name].lora_A)
+    assert not target[[0, 4]].any()
+    file.write_bytes(file.read_bytes()[: layout.offsets[name_of_lora_B(SPEC.modules[1].name)] + 2])
+    with pytest.raises(WrongSize, match="the file ends within it"):
+        read_into(file, layout, name_of_lora_B(SPEC.modules[1].name), np.zeros((6, 3), np.float32))
 
 
 def test_the_digest_is_sha256() -> None:

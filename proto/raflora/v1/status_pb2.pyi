@@ -178,7 +178,7 @@ class CollapseForecast(_message.Message):
     def __init__(self, smallest_rank: _Optional[int] = ..., largest_rank: _Optional[int] = ..., factor: _Optional[float] = ..., half_life_rounds: _Optional[float] = ..., sentence: _Optional[str] = ...) -> None: ...
 
 class RoundSummary(_message.Message):
-    __slots__ = ("round", "attempts", "adapter_digest", "partitions", "rho", "effective_rank", "rank_99", "energy", "energy_lost", "contributions", "evaluations", "accuracy", "eval_loss", "bytes_sent", "bytes_received", "training_seconds", "aggregation_seconds", "evaluation_seconds", "learning_rate", "train_loss", "rank_levels", "federated_metrics", "central_metrics")
+    __slots__ = ("round", "attempts", "adapter_digest", "partitions", "rho", "effective_rank", "rank_99", "energy", "energy_lost", "contributions", "evaluations", "accuracy", "eval_loss", "bytes_sent", "bytes_received", "training_seconds", "aggregation_seconds", "evaluation_seconds", "learning_rate", "train_loss", "rank_levels", "federated_metrics", "central_metrics", "certificate")
     class FederatedMetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +216,7 @@ class RoundSummary(_message.Message):
     RANK_LEVELS_FIELD_NUMBER: _ClassVar[int]
     FEDERATED_METRICS_FIELD_NUMBER: _ClassVar[int]
     CENTRAL_METRICS_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     round: int
     attempts: int
     adapter_digest: str
@@ -239,7 +240,24 @@ class RoundSummary(_message.Message):
     rank_levels: _containers.RepeatedCompositeFieldContainer[RankLevelSummary]
     federated_metrics: _containers.ScalarMap[str, float]
     central_metrics: _containers.ScalarMap[str, float]
-    def __init__(self, round: _Optional[int] = ..., attempts: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., partitions: _Optional[_Iterable[_Union[RankPartition, _Mapping]]] = ..., rho: _Optional[float] = ..., effective_rank: _Optional[float] = ..., rank_99: _Optional[int] = ..., energy: _Optional[float] = ..., energy_lost: _Optional[float] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., evaluations: _Optional[_Iterable[_Union[EvaluationSummary, _Mapping]]] = ..., accuracy: _Optional[float] = ..., eval_loss: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., training_seconds: _Optional[float] = ..., aggregation_seconds: _Optional[float] = ..., evaluation_seconds: _Optional[float] = ..., learning_rate: _Optional[float] = ..., train_loss: _Optional[float] = ..., rank_levels: _Optional[_Iterable[_Union[RankLevelSummary, _Mapping]]] = ..., federated_metrics: _Optional[_Mapping[str, float]] = ..., central_metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    certificate: AggregationCertificate
+    def __init__(self, round: _Optional[int] = ..., attempts: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., partitions: _Optional[_Iterable[_Union[RankPartition, _Mapping]]] = ..., rho: _Optional[float] = ..., effective_rank: _Optional[float] = ..., rank_99: _Optional[int] = ..., energy: _Optional[float] = ..., energy_lost: _Optional[float] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., evaluations: _Optional[_Iterable[_Union[EvaluationSummary, _Mapping]]] = ..., accuracy: _Optional[float] = ..., eval_loss: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., training_seconds: _Optional[float] = ..., aggregation_seconds: _Optional[float] = ..., evaluation_seconds: _Optional[float] = ..., learning_rate: _Optional[float] = ..., train_loss: _Optional[float] = ..., rank_levels: _Optional[_Iterable[_Union[RankLevelSummary, _Mapping]]] = ..., federated_metrics: _Optional[_Mapping[str, float]] = ..., central_metrics: _Optional[_Mapping[str, float]] = ..., certificate: _Optional[_Union[AggregationCertificate, _Mapping]] = ...) -> None: ...
+
+class AggregationCertificate(_message.Message):
+    __slots__ = ("half_passes", "residual", "captured", "exact", "iterated", "dense")
+    HALF_PASSES_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    CAPTURED_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    ITERATED_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    half_passes: int
+    residual: float
+    captured: float
+    exact: int
+    iterated: int
+    dense: int
+    def __init__(self, half_passes: _Optional[int] = ..., residual: _Optional[float] = ..., captured: _Optional[float] = ..., exact: _Optional[int] = ..., iterated: _Optional[int] = ..., dense: _Optional[int] = ...) -> None: ...
 
 class RankPartition(_message.Message):
     __slots__ = ("low", "high", "energy_share", "contributors", "effective_contributors", "rounds_uncovered")
