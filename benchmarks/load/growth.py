@@ -37,7 +37,7 @@ _COLUMNS = (
     "coordinator CPU s",
     "CPU ms a client",
     "peak MiB",
-    "helpers MiB",
+    "without mapped files",
     "clients' own CPU s",
 )
 
@@ -95,7 +95,7 @@ def cells_of(row: Row) -> list[str]:
         f"{row.coordinator_cpu_seconds:,.2f}",
         f"{1e3 * row.coordinator_cpu_seconds / case.clients:.1f}",
         f"{row.peak_mib:,.0f}",
-        f"{row.helpers_mib:,.0f}",
+        f"{row.own_mib:,.0f}",
         f"{row.clients_cpu_seconds:,.2f}",
     ]
 
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--clients", type=int, nargs="*", default=[10, 100, 1000, 2000], help="(10 100 1000 2000)")
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 16, 32, 64], help="global ranks (8 16 32 64)")
-    parser.add_argument("--modules", type=int, nargs="*", default=[1, 4, 16, 64], help="adapted layers (1 4 16 64)")
+    parser.add_argument("--modules", type=int, nargs="*", default=[1, 4, 16, 32], help="adapted layers (1 4 16 32)")
     parser.add_argument("--seconds", type=float, default=900.0, help="after which no further case begins (900)")
     parser.add_argument(
         "--format", choices=("text", "markdown", "json"), default="text", help="on standard output (text)"

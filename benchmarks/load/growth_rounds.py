@@ -31,6 +31,7 @@ class Played:
     coordinator_cpu_seconds: float  # with its helper processes
     clients_cpu_seconds: float
     peak_mib: float  # the coordinator's largest resident set
+    own_mib: float  # of it, without mapped files; sampled
     helpers_mib: float  # that of its helper processes together
 
 
@@ -45,6 +46,7 @@ class Row:
     coordinator_cpu_seconds: float
     clients_cpu_seconds: float
     peak_mib: float
+    own_mib: float
     helpers_mib: float
     idle_mib: float  # the coordinator before the first client
     joining_seconds: float  # all of them, until each holds its first task
@@ -77,7 +79,7 @@ async def measure(folder: Path, case: Case, num_rounds: int) -> Row:
 
 def _together(played: Sequence[Played]) -> dict[str, float]:
     medians = ("seconds", "coordinator_cpu_seconds", "clients_cpu_seconds")
-    largest = ("peak_mib", "helpers_mib")
+    largest = ("peak_mib", "own_mib", "helpers_mib")
     return {
         **{name: statistics.median(getattr(one, name) for one in played) for name in medians},
         **{name: max(getattr(one, name) for one in played) for name in largest},
@@ -119,6 +121,7 @@ async def _round(
         coordinator_cpu_seconds=tree_cpu_seconds(pid) - coordinator,
         clients_cpu_seconds=time.process_time() - own,
         peak_mib=usage_of(pid).peak_bytes / MIB,
+        own_mib=peaks.anonymous_bytes / MIB,
         helpers_mib=peaks.children_rss_bytes / MIB,
     )
 

@@ -28,6 +28,7 @@ class Peaks:
     """The largest values seen by `watching`."""
 
     rss_bytes: int = 0
+    anonymous_bytes: int = 0  # of it, memory of its own
     children_rss_bytes: int = 0  # of all processes that it started, together
     handles: int = 0
     threads: int = 0
@@ -80,6 +81,7 @@ async def _watch(pid: int, peaks: Peaks) -> None:
         while True:
             now = usage_of(pid)
             peaks.rss_bytes = max(peaks.rss_bytes, now.rss_bytes)
+            peaks.anonymous_bytes = max(peaks.anonymous_bytes, now.anonymous_bytes)
             peaks.children_rss_bytes = max(peaks.children_rss_bytes, sum(_rss_of(children_of(pid))))
             peaks.handles, peaks.threads = max(peaks.handles, now.handles), max(peaks.threads, now.threads)
             peaks.samples += 1

@@ -42,7 +42,7 @@ def test_what_is_not_installed_is_named_with_its_reason() -> None:
 
 
 def test_growth_changes_one_quantity_at_a_time() -> None:
-    clients, modules = sweeps([100, 10], [], [1])
+    modules, clients = sweeps([100, 10], [], [1])
     assert [case.clients for case in clients.cases] == [10, 100]
     assert modules.cases == (Case(modules=1),)
     assert {case.global_rank for sweep in (clients, modules) for case in sweep.cases} == {Case().global_rank}
@@ -57,7 +57,7 @@ def test_a_case_counts_its_directions_and_bytes() -> None:
 
 def test_a_case_that_was_not_begun_is_named() -> None:
     small, large = Case(clients=10), Case(clients=10_000)
-    row = Row(small, 3, 0.5, 0.25, 0.4, 0.1, 130.0, 0.0, 90.0, 1.0)
+    row = Row(small, 3, 0.5, 0.25, 0.4, 0.1, 130.0, 120.0, 165.0, 90.0, 1.0)
     table = markdown_of(Grown(Sweep("clients", (small, large)), (row,), (large,)))
-    assert "| 10 | 16 | 4 | 2.2 | 0.50 | 0.25 | 0.40 | 40.0 | 130 | 0 | 0.10 |" in table
+    assert "| 10 | 16 | 4 | 2.2 | 0.50 | 0.25 | 0.40 | 40.0 | 130 | 120 | 0.10 |" in table
     assert table.endswith("Not begun, the time was up: 10,000 clients.")
