@@ -11,6 +11,7 @@ here passes or fails: what is below its bar, what could not be measured and what
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -23,11 +24,13 @@ from benchmarks import recorded, report_picture
 from benchmarks.interleaved import MIN_REPETITIONS, Figure
 from benchmarks.machine import setting
 from benchmarks.report import Report, json_of, markdown_of, show, with_tables
+from common.memory import keep_memory_flat
 
 PARTS = ("aggregation", "transfer", "rounds", "rivals")
 _DOCS = Path(__file__).parent.parent / "docs"
 _SAYS = Console(stderr=True)
 _WIDE = 140
+_NICE = 5  # as every process that is started here
 
 Measure = Callable[["Steps", str | None, int], list[Figure]]
 
@@ -50,7 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.docs and given.only:
         parser.error("--docs writes the whole page; leave --only out")
+    os.nice(_NICE)
+    keep_memory_flat()  # as coordinator and worker agent do, whose parts this process plays
     report = measure(given.only, given.repetitions)
+    if not report.figures:
+        parser.error(f"{given.only[0]} has no case {given.only[1]!r}")
     if given.format == "json":
         print(json_of(report))
     else:
