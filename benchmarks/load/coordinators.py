@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from common.settings import environment_with
+
 _START_SECONDS = 120.0
 _GOODBYE_SECONDS = 30.0
 _LOOK_SECONDS = 0.05
@@ -62,6 +64,8 @@ class CoordinatorProcess:
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
+                # One thread: BLAS threads that wait for each other on a busy machine make founding take minutes.
+                env=environment_with(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1"),
             )
         try:
             async with asyncio.timeout(_START_SECONDS):

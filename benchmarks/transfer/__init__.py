@@ -3,6 +3,14 @@
 python -m benchmarks.transfer [--only PART] [--repetitions N] [--format json]
 """
 
-from benchmarks.transfer.parts import figures
+from collections.abc import Callable
 
-__all__ = ["figures"]
+from benchmarks.interleaved import Figure
+
+
+def figures(progress: Callable[[str], None], only: str | None, repetitions: int) -> list[Figure]:
+    """What was measured; `only` one of parts.PARTS."""
+    # Not at the top: programs of this package are run by themselves, and what is imported before it runs is run twice.
+    from benchmarks.transfer import parts  # noqa: PLC0415
+
+    return parts.figures(progress, only, repetitions)
