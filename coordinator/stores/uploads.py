@@ -16,7 +16,15 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from common.errors import CorruptStore, CorruptTransfer, InvalidRequest, TooBusy, UnknownBlob, UploadTakenOver
+from common.errors import (
+    CorruptStore,
+    CorruptTransfer,
+    InvalidRequest,
+    TooBusy,
+    UnknownBlob,
+    UploadTakenOver,
+    WrongSize,
+)
 from common.failpoints import reach
 from common.transfer import Expected, PartFile, RunningDigest, check_digest, named_failures, sync, sync_folder
 from coordinator.stores.blobs import FileBlobs, digest_of_file
@@ -74,6 +82,10 @@ class Upload:
         """Of the whole upload, as it was announced."""
         return self._expected.size_bytes
 
+    def too_long(self) -> WrongSize:
+        """What is wrong with bytes behind the last one."""
+        return WrongSize(f"{self._expected.whose}: more bytes than the {self.size_bytes} that were announced")
+
     def _check_is_current(self) -> None:
         if self._desk.part is not self._part:
             raise UploadTakenOver(f"{self._expected.whose}: this stream has ended or a newer one carries the upload on")
@@ -99,6 +111,8 @@ class Arrival:
     def take(self, offset: int, data: bytes | memoryview) -> None:
         """Writes the next chunk; with the last one the upload is complete."""
         upload = self._stream()
+        if self.is_complete:
+            raise upload.too_long()
         upload.append(offset, data)
         if offset + len(data) == upload.size_bytes:
             self.end()

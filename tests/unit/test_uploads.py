@@ -363,7 +363,7 @@ def test_the_chunks_of_a_call_open_nothing_before_the_first_and_complete_with_th
     arrival.take(2000, CONTENT[2000:])
     assert (arrival.is_complete, arrival.has_to_be_closed, arrival.committed_bytes) == (True, False, SIZE)
     assert spool.completed_path("ada", DIGEST).read_bytes() == CONTENT
-    with pytest.raises(UploadTakenOver):
+    with pytest.raises(WrongSize, match=f"more bytes than the {SIZE}"):
         arrival.take(SIZE, b"more")
 
 
