@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -22,7 +23,7 @@ from random import Random
 from coordinators import CoordinatorProcess, clients_of, config_of, observing, serving, settings_of
 from raflora.v1 import status_pb2
 
-from common.errors import ConfigError, CorruptStore
+from common.errors import ConfigError, CorruptStore, Unavailable
 from common.logs import set_up_logs
 from common.settings import FAILPOINTS_VARIABLE
 from coordinator.config import CoordinatorConfig
@@ -76,8 +77,11 @@ async def make_ruin(folder: Path) -> Ruin:
         del os.environ[FAILPOINTS_VARIABLE]
     try:
         async with clients_of(process.wait_until_listening(), RANKS) as clients:
-            for client in clients:
+            *others, last = clients
+            for client in others:
                 await client.do(await client.fetch_task())
+            with suppress(Unavailable):  # its update closes the round, and the merge may die before the answer is sent
+                await last.do(await last.fetch_task())
             await asyncio.to_thread(process.wait)
     finally:
         process.close()
