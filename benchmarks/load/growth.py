@@ -1,6 +1,6 @@
 """How a round's cost grows with clients, ranks and modules. `python -m benchmarks.load.growth`
 
-Every client has a TCP connection of its own and numbers of its own (random factors, nobody trains); the coordinator is
+Every client has a TCP connection of its own and numbers of its own (made at random, nobody trains); the coordinator is
 a process. A round is played once unmeasured and then a few times: all clients download their slice, send their update,
 submit it and poll until the next round's task is there. Three sweeps leave from one case; a case that would begin
 after the time is up is not begun, and is named. What the clients cost on the same machine is told beside.
@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,10 +23,12 @@ from rich.table import Table
 from benchmarks.load.growth_cases import Case, Sweep, sweeps
 from benchmarks.load.growth_rounds import Row, measure
 from benchmarks.machine import setting
+from benchmarks.report import with_tables
 from common.memory import keep_memory_flat
 
 ROUNDS = 3
 _SAYS = Console(stderr=True)
+_PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 _COLUMNS = (
     "clients",
     "global rank",
@@ -60,13 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     grown = list(_measured(sweeps(given.clients, given.ranks, given.modules), given.seconds))
     if given.format == "json":
         print(json.dumps({"setting": where, "sweeps": [asdict(one) for one in grown]}, indent=1))
-        return
-    if given.format == "markdown":
-        print("\n\n".join(markdown_of(one) for one in grown))
     else:
         for one in grown:
             _print(one)
-    _SAYS.print("; ".join(f"{name} {value}" for name, value in where.items()), markup=False, highlight=False)
+        _SAYS.print("; ".join(f"{name} {value}" for name, value in where.items()), markup=False, highlight=False)
+    if given.docs:
+        _PAGE.write_text(with_tables(_PAGE.read_text(encoding="utf-8"), {"growth": page_of(where, grown)}), "utf-8")
+
+
+def page_of(where: Mapping[str, str], grown: Sequence[Grown]) -> str:
+    """All of it for docs/scaling.md."""
+    said = ", ".join(f"{name} {value}" for name, value in where.items())
+    return "\n\n".join([f"Measured on {said}; times are medians of {ROUNDS} rounds:", *map(markdown_of, grown)])
 
 
 def markdown_of(grown: Grown) -> str:
@@ -139,9 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 16, 32, 64], help="global ranks (8 16 32 64)")
     parser.add_argument("--modules", type=int, nargs="*", default=[1, 4, 16, 32], help="adapted layers (1 4 16 32)")
     parser.add_argument("--seconds", type=float, default=900.0, help="after which no further case begins (900)")
-    parser.add_argument(
-        "--format", choices=("text", "markdown", "json"), default="text", help="on standard output (text)"
-    )
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="on standard output (text)")
+    parser.add_argument("--docs", action="store_true", help="also write the tables of docs/scaling.md")
     return parser
 
 

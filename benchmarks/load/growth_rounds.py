@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +13,15 @@ from raflora.v1 import federation_pb2 as pb
 
 from benchmarks.load.clients import Client, Payload, closing, observing
 from benchmarks.load.coordinators import CoordinatorProcess
-from benchmarks.load.growth_cases import Case
+from benchmarks.load.growth_cases import SIDE, Case
 from benchmarks.load.report import MIB
 from benchmarks.load.usage import forget_peak, usage_of, watching
 from benchmarks.programs import tree_cpu_seconds
-from common.codec import Layout
+from common.adapter import Array
+from common.codec import Layout, name_of_lora_A, name_of_lora_B
 
 _AT_ONCE = 64  # clients that transfer at one time: this machine is both sides
-_MAGNITUDE = 1e-2
+_MOVED = 0.3
 
 
 @dataclass(frozen=True)
@@ -127,16 +128,37 @@ async def _round(
 
 
 def _payloads(folder: Path, case: Case, number: int) -> list[Payload]:
-    """Every client's update of a round: random numbers, so that none is known from before."""
+    """Every client's update of a round: its slice of one adapter with a falling spectrum, moved at random by a third.
+
+    Factors of nothing but noise are the hardest to merge, and no training makes such: their spectrum does not fall.
+    """
     home = folder / "payloads"
     home.mkdir(exist_ok=True)
-    return [_payload(home / f"{i:06}", Layout(case.spec, case.rank_of(i)), (number, i)) for i in range(case.clients)]
+    common = _common(case)
+    return [
+        _payload(home / f"{i:06}", Layout(case.spec, case.rank_of(i)), common, (number, i)) for i in range(case.clients)
+    ]
 
 
-def _payload(path: Path, layout: Layout, seed: tuple[int, int]) -> Payload:
-    count = (layout.size_bytes - len(layout.header)) // np.dtype(np.float32).itemsize
-    numbers = np.random.default_rng(seed).standard_normal(count, dtype=np.float32) * np.float32(_MAGNITUDE)
-    content = layout.header + numbers.tobytes()
+def _common(case: Case) -> dict[str, Array]:
+    """The adapter that all have learnt: singular values about 1/i."""
+    rng, rank = np.random.default_rng(case.modules), case.global_rank
+    tensors: dict[str, Array] = {}
+    for module in case.spec.modules:
+        A = rng.standard_normal((rank, module.in_features), dtype=np.float32)
+        B = rng.standard_normal((module.out_features, rank), dtype=np.float32)
+        tensors[name_of_lora_A(module.name)] = A / np.float32(module.in_features**0.5)
+        tensors[name_of_lora_B(module.name)] = (B / np.arange(1, rank + 1) / SIDE**0.5).astype(np.float32)
+    return tensors
+
+
+def _payload(path: Path, layout: Layout, common: Mapping[str, Array], seed: tuple[int, int]) -> Payload:
+    rng, parts = np.random.default_rng(seed), [layout.header]
+    for name, shape in layout.shapes.items():
+        mine = common[name][: shape[0], : shape[1]]
+        spread = np.float32(_MOVED * float(np.sqrt(np.mean(mine * mine))))
+        parts.append((mine + spread * rng.standard_normal(shape, dtype=np.float32)).tobytes())
+    content = b"".join(parts)
     path.write_bytes(content)
     return Payload(path, hashlib.sha256(content).hexdigest(), len(content))
 
