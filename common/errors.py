@@ -22,6 +22,7 @@
       BadJoinToken                bad_join_token         a join token that is used up, too old or unknown
       IdentityConflict            identity_conflict      another worker already goes by this name
       UnknownTask                 unknown_task           no such task or lease in the open round
+        LeaseSuperseded           lease_superseded       a newer lease was given for this task
       StaleSlice                  stale_slice            trained from another slice than was handed out
       StaleRound                  stale_round            names a round that is not the open one
       UpdateConflict              update_conflict        a second, different update for the same task
@@ -190,6 +191,12 @@ class UnknownTask(RafloraError):
 
     code = "FAILED_PRECONDITION"
     reason = "unknown_task"
+
+
+class LeaseSuperseded(UnknownTask):
+    """A newer lease was given for this task; who holds the older one owes nothing any more."""
+
+    reason = "lease_superseded"
 
 
 class StaleSlice(RafloraError):

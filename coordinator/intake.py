@@ -16,10 +16,20 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from common.errors import CorruptTransfer, InspectionFailed, InvalidRequest, TooBusy, UnknownTask, WrongRank, WrongSize
+from common.errors import (
+    CorruptTransfer,
+    InspectionFailed,
+    InvalidRequest,
+    TooBusy,
+    UnknownBlob,
+    UnknownTask,
+    WrongRank,
+    WrongSize,
+)
 from common.failpoints import reach
 from common.side_by_side import OneBehind
 from common.transfer import check_digest
+from coordinator.federation.leases import check_lease_holds
 from coordinator.federation.requests import MAX_EXAMPLES, Outcome, SubmitEvaluation, SubmitUpdate
 from coordinator.federation.state import Assignment, Client, Kind
 from coordinator.founding import Foundation
@@ -66,6 +76,7 @@ class Intake:
         self._uploads = foundation.uploads
         self._writes = asyncio.Semaphore(MAX_WRITES)
         self._unfinished: set[asyncio.Task[Any]] = set()
+        self._announced: dict[str, tuple[str, int]] = {}  # by client: the digest it may send, and under which lease
         # By client; gone with the last user.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -73,25 +84,37 @@ class Intake:
         """Ends the inspections that are under way."""
         self._inspectors.close()
 
-    async def begin_upload(self, client_id: str, enrol_key: str, reference: BlobReference) -> int:
-        """How much of an upload is durable. Raises UnknownTask without a task, WrongRank or WrongSize if none fits."""
+    async def begin_upload(self, client_id: str, enrol_key: str, lease_token: int, reference: BlobReference) -> int:
+        """How much of an upload is durable.
+
+        Raises UnknownTask without a task or lease, LeaseSuperseded, WrongRank or WrongSize if no task fits.
+        """
         await self._known_member(client_id, enrol_key)
         check_digest(reference.digest, f"client {client_id!r}")
-        opened = self._engine.state.open
-        assignment = opened.assignment_of(client_id) if opened and opened.kind is Kind.TRAIN else None
-        if assignment is None:
-            raise UnknownTask(f"client {client_id!r} has no training task now, so there is nothing to upload")
+        assignment = self._training_task_of(client_id)
         if assignment.update is not None and assignment.update.digest == reference.digest:
             return reference.size_bytes  # accepted before; the submission will say so
+        # Before anything is touched: an announcement drops what this client sent before.
+        check_lease_holds(assignment, lease_token, f"client {client_id!r}")
         self._check_size(assignment, reference.size_bytes)
         self.ledger.announce(client_id, reference.digest, reference.size_bytes, self._engine.now)
+        self._announced[client_id] = (reference.digest, lease_token)
         return await self._foundation.on_disk(self._uploads.begin, client_id, reference.digest, reference.size_bytes)
 
     async def receive(
         self, client_id: str, enrol_key: str, digest: str, offset: int, chunks: AsyncIterator[bytes | memoryview]
     ) -> int:
-        """Takes a stream of chunks from an offset; what is durable at its end. Raises TooBusy if it takes too long."""
+        """Takes a stream of chunks from an offset; what is durable at its end.
+
+        Raises UnknownBlob if it was not announced since this process started, LeaseSuperseded if a newer lease was
+        given since then, TooBusy if it takes too long.
+        """
         await self._known_member(client_id, enrol_key)
+        check_digest(digest, f"client {client_id!r}")
+        announced, lease_token = self._announced.get(client_id, ("", 0))
+        if announced != digest:
+            raise UnknownBlob(f"client {client_id!r}: no upload of {digest[:12]} is open; announce it first")
+        check_lease_holds(self._training_task_of(client_id), lease_token, f"client {client_id!r}")
         with self.ledger.stream(client_id):
             return await self._receive(client_id, digest, offset, chunks)
 
@@ -210,6 +233,13 @@ class Intake:
             self.ledger.forget(client_id)
             await self._foundation.on_disk(self._uploads.discard, client_id, digest)
         return outcome
+
+    def _training_task_of(self, client_id: str) -> Assignment:
+        opened = self._engine.state.open
+        assignment = opened.assignment_of(client_id) if opened and opened.kind is Kind.TRAIN else None
+        if assignment is None:
+            raise UnknownTask(f"client {client_id!r} has no training task now, so there is nothing to upload")
+        return assignment
 
     def _check_size(self, assignment: Assignment, size_bytes: int) -> None:
         manifest, rank = self._foundation.known_manifest, assignment.rank

@@ -52,13 +52,19 @@ class Site:
         assert task is not None
         return task
 
+    @property
+    def lease_token(self) -> int:
+        opened = self.service.engine.state.open
+        assignment = opened.assignment_of("ada") if opened else None
+        return assignment.lease_token if assignment else 0
+
     async def upload(self, *chunks: bytes) -> int:
-        await self.service.intake.begin_upload("ada", KEY, BlobReference(DIGEST, len(CONTENT)))
+        await self.service.intake.begin_upload("ada", KEY, self.lease_token, BlobReference(DIGEST, len(CONTENT)))
         return await self.service.intake.receive("ada", KEY, DIGEST, 0, stream(*(chunks or (CONTENT,))))
 
     async def upload_other(self, content: bytes) -> int:
         digest = digest_of(content)
-        await self.service.intake.begin_upload("ada", KEY, BlobReference(digest, len(content)))
+        await self.service.intake.begin_upload("ada", KEY, self.lease_token, BlobReference(digest, len(content)))
         return await self.service.intake.receive("ada", KEY, digest, 0, stream(content))
 
     async def submit(self, task: Task, digest: str = DIGEST) -> Outcome:

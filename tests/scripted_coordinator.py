@@ -39,6 +39,8 @@ class Script:
     cut_downloads_after: list[int] = field(default_factory=list)
     damaged_downloads: int = 0
     damaged_uploads: int = 0
+    refused_announcements: list[RafloraError] = field(default_factory=list)  # each refuses one BeginUpload
+    forgets_announcements: int = 0  # so many uploads are no longer known when their bytes come
 
 
 class ScriptedCoordinator(rpc.FederationServiceServicer):
@@ -132,6 +134,8 @@ class ScriptedCoordinator(rpc.FederationServiceServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "Connection reset")
 
     async def BeginUpload(self, request, context):
+        if self.script.refused_announcements:
+            await _refuse(context, self.script.refused_announcements.pop(0))
         upload = self.uploads.setdefault(request.blob.digest, bytearray())
         self.sizes[request.blob.digest] = request.blob.size_bytes
         return pb.BeginUploadResponse(committed_bytes=len(upload))
@@ -139,6 +143,9 @@ class ScriptedCoordinator(rpc.FederationServiceServicer):
     async def UploadAdapter(self, request_iterator, context):
         metadata = dict(context.invocation_metadata())
         digest, offset = metadata["raflora-digest"], int(metadata["raflora-offset"])
+        if self.script.forgets_announcements:
+            self.script.forgets_announcements -= 1
+            await _refuse(context, UnknownBlob(f"no upload of {digest[:12]} is open"))
         upload = self.uploads[digest]
         self.offsets.append(offset)
         if offset != len(upload):

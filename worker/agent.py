@@ -18,6 +18,7 @@ from common.errors import (
     Evicted,
     IdentityConflict,
     InvalidRequest,
+    LeaseSuperseded,
     NotAllowed,
     NotAuthenticated,
     NotFinite,
@@ -208,7 +209,7 @@ class Agent:
         try:
             await self._check_budget(task)
             outcome = await Assignment(self._means, terms, task).carry_out()
-        except LeaseLost as error:
+        except (LeaseLost, LeaseSuperseded) as error:
             log.info("dropped", why=str(error))
             return False
         except _NOT_OF_ONE_TASK:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import structlog
 
-from common.errors import CorruptTransfer, WrongOffset
+from common.errors import CorruptTransfer, UnknownBlob, WrongOffset
 from common.failpoints import reach
 from worker.client import CoordinatorClient
 from worker.contact import Contact
@@ -29,7 +29,7 @@ class Upload:
 async def send(upload: Upload, client: CoordinatorClient, contact: Contact) -> None:
     """Returns when every byte is durable at the coordinator; a lost connection only takes longer.
 
-    Raises CorruptTransfer if the coordinator keeps refusing the bytes.
+    Raises CorruptTransfer if the coordinator keeps refusing the bytes, LeaseSuperseded if it gave a newer lease.
     """
 
     async def go_on() -> int:
@@ -50,6 +50,8 @@ async def send(upload: Upload, client: CoordinatorClient, contact: Contact) -> N
             committed = await contact.insist(go_on)
         except WrongOffset as error:  # a repeated call whose first attempt did arrive
             committed = error.committed_bytes
+        except UnknownBlob as error:  # the coordinator began anew between the announcement and the bytes
+            log.info("an upload is announced again", why=str(error))
         except CorruptTransfer as error:
             log.warning("an upload arrived damaged", error=str(error))
             committed, furthest, damaged = 0, 0, damaged + 1

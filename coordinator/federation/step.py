@@ -39,6 +39,7 @@ from coordinator.federation.events import (
     UpdateAccepted,
     evolve,
 )
+from coordinator.federation.leases import check_lease_was_given
 from coordinator.federation.members import enrolled
 from coordinator.federation.requests import (
     AbortRound,
@@ -238,8 +239,7 @@ def _is_in_history(state: State, request: SubmitUpdate | SubmitEvaluation) -> bo
 
 def _check_lease_and_slice(assignment: Assignment, request: SubmitUpdate | SubmitEvaluation) -> None:
     who = f"client {request.client_id!r}, round {request.number}"
-    if assignment.lease_token == 0 or request.lease_token > assignment.lease_token:
-        raise UnknownTask(f"{who}: lease {request.lease_token} was never given for this task; poll for the task again")
+    check_lease_was_given(assignment, request.lease_token, who)
     if request.lease_token == assignment.lease_token and request.slice_digest != assignment.slice_digest:
         raise StaleSlice(
             f"{who}: made from slice {request.slice_digest[:12]!r}, but {assignment.slice_digest[:12]!r} was handed out"

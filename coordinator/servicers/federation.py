@@ -126,7 +126,10 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
     async def BeginUpload(self, request: pb.BeginUploadRequest, context: _Context) -> pb.BeginUploadResponse:
         """Where to go on."""
         committed = await self._service.intake.begin_upload(
-            request.client_id, request.enrol_key, BlobReference(request.blob.digest, request.blob.size_bytes)
+            request.client_id,
+            request.enrol_key,
+            request.lease_token,
+            BlobReference(request.blob.digest, request.blob.size_bytes),
         )
         reach("begin.answering")
         return pb.BeginUploadResponse(committed_bytes=committed, encodings=[pb.CONTENT_ENCODING_BYTE_PLANES])

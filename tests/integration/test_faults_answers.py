@@ -12,7 +12,7 @@ from raflora.v1 import federation_pb2, status_pb2
 from raflora.v1 import federation_pb2_grpc as rpc
 
 from common.codec import digest_of
-from common.errors import Unavailable
+from common.errors import LeaseSuperseded, Unavailable, UnknownTask
 from common.version import PROTOCOL
 from coordinator.config import CoordinatorConfig
 from worker.messages import Blob, Enrolment, Outcome, Progress, RankProfile
@@ -144,6 +144,33 @@ async def test_a_submission_that_overtakes_and_one_that_comes_after_the_next_lea
         assert await again.submit(newer, content) is Outcome.ACCEPTED
         assert await ada.submit(older, content) is Outcome.DUPLICATE
         await again.rpc.close()
+
+
+async def test_a_worker_with_an_older_lease_cannot_drop_the_upload_of_its_successor(tmp_path: Path) -> None:
+    async with serving(config_of(tmp_path)) as address, clients_of(address, RANKS) as (ada, _, _):
+        older = await ada.fetch_task()
+        content = await ada.train(older)
+        another = Blob(digest_of(bytes(len(content))), len(content))  # as long, and other bytes
+        await ada.rpc.begin_upload(older.lease_token, another)
+        again = NumpyClient(address, ada.client_id, ada.rank, ada.num_examples)  # it was started once more
+        newer = await again.fetch_task()
+        assert await again.upload(newer, content) == len(content)
+        with pytest.raises(LeaseSuperseded, match=f"'ada': lease {older.lease_token} was followed by"):
+            await ada.rpc.begin_upload(older.lease_token, another)
+        assert await again.submit(newer, content) is Outcome.ACCEPTED
+        await again.rpc.close()
+
+
+async def test_nobody_uploads_under_a_lease_that_was_never_given(tmp_path: Path) -> None:
+    async with serving(config_of(tmp_path)) as address, clients_of(address, RANKS) as (ada, bob, _):
+        task = await ada.fetch_task()
+        content = await ada.train(task)
+        blob = Blob(digest_of(content), len(content))
+        with pytest.raises(UnknownTask, match=f"'ada': lease {task.lease_token + 1} was never given"):
+            await ada.rpc.begin_upload(task.lease_token + 1, blob)
+        with pytest.raises(UnknownTask, match="'bob': lease 0 was never given"):
+            await bob.rpc.begin_upload(0, blob)  # and has fetched nothing
+        assert await ada.upload(task, content) == len(content)
 
 
 # ---------------------------------------------------------------- versions

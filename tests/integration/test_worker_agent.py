@@ -15,7 +15,7 @@ from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 from worker_site import RANK, SLICE, SLICE_DIGEST, TRAINED, TRAINED_DIGEST, Site, evaluate, scripted_site, train
 
-from common.errors import Evicted, IdentityConflict, ProtocolTooOld, Unavailable, UnknownClient
+from common.errors import Evicted, IdentityConflict, LeaseSuperseded, ProtocolTooOld, Unavailable, UnknownClient
 from worker.client import CoordinatorClient, Credentials
 from worker.config import CoordinatorAddress, SitePolicy, TlsConfig
 from worker.identity import is_alive
@@ -83,6 +83,16 @@ async def test_an_upload_that_is_cut_goes_on_at_the_committed_byte(site: Site) -
     assert bytes(site.coordinator.uploads[TRAINED_DIGEST]) == TRAINED
     assert len(site.coordinator.updates) == 1
     assert sorted(set(site.coordinator.offsets)) == [0, 100, 150]
+
+
+async def test_a_task_that_another_process_holds_by_now_is_dropped_and_not_given_back(site: Site) -> None:
+    site.script.tasks = [train(1), train(2)]
+    site.script.refused_announcements = [LeaseSuperseded("lease 1 was followed by 2")]
+
+    await site.work()
+
+    assert site.coordinator.failures == []
+    assert [u.lease_token for u in site.coordinator.updates] == [2]
 
 
 async def test_a_download_that_is_cut_goes_on_where_it_broke_off(site: Site) -> None:

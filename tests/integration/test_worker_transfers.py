@@ -99,6 +99,22 @@ async def test_an_upload_that_stays_damaged_is_given_up(line: Line) -> None:
     assert line.coordinator.offsets == [0] * uploads.MAX_DAMAGED_UPLOADS
 
 
+async def test_an_upload_that_a_new_coordinator_knows_nothing_of_is_announced_again(line: Line) -> None:
+    line.coordinator.script.forgets_announcements = 1
+
+    await line.send()
+
+    assert bytes(line.coordinator.uploads[BLOB.digest]) == CONTENT
+
+
+async def test_an_upload_that_nobody_ever_knows_is_given_up(line: Line) -> None:
+    line.coordinator.script.forgets_announcements = 100
+
+    with pytest.raises(CorruptTransfer):
+        await line.send()
+    assert line.coordinator.script.forgets_announcements <= 100 - uploads.MAX_STALLS
+
+
 async def test_a_download_goes_on_in_a_new_process_where_the_old_one_was_cut(line: Line) -> None:
     line.coordinator.script.cut_downloads_after = [CHUNK_BYTES]
     chunks = line.client.download(BLOB, 0)

@@ -13,7 +13,7 @@ from lone_site import CONTENT, DIGEST, KEY, RANK, HeldJournal, blobs_of, lonely,
 
 import coordinator.intake
 from common.codec import digest_of, encode
-from common.errors import InvalidRequest, StorageFailed, TooBusy
+from common.errors import InvalidRequest, LeaseSuperseded, StorageFailed, TooBusy, UnknownBlob
 from coordinator.federation.requests import Outcome
 from coordinator.federation.state import Profile
 from coordinator.publishing import PublishedAdapter
@@ -191,11 +191,11 @@ async def test_a_sender_that_falls_silent_gives_its_place_away_and_goes_on_later
     async with running(CoordinatorService(config, MemoryJournal(), blobs_of(config))) as ada:
         await ada.fetch()
         intake, reference = ada.service.intake, BlobReference(DIGEST, len(CONTENT))
-        await intake.begin_upload("ada", KEY, reference)
+        await intake.begin_upload("ada", KEY, ada.lease_token, reference)
         with pytest.raises(TooBusy, match=r"'ada': an upload that .* gives its place to others"):
             await intake.receive("ada", KEY, DIGEST, 0, silent())
         monkeypatch.undo()
-        assert await intake.begin_upload("ada", KEY, reference) == 100
+        assert await intake.begin_upload("ada", KEY, ada.lease_token, reference) == 100
         assert await intake.receive("ada", KEY, DIGEST, 100, stream(CONTENT[100:])) == len(CONTENT)
 
 
@@ -206,6 +206,22 @@ async def test_a_sender_of_many_small_chunks_is_timed_too(tmp_path: Path, monkey
         await ada.fetch()
         with pytest.raises(TooBusy):
             await ada.upload(*(bytes([byte]) for byte in CONTENT))
+
+
+async def test_bytes_are_taken_only_under_the_lease_that_holds_and_only_of_what_was_announced_under_it(
+    tmp_path: Path,
+) -> None:
+    config = lonely(tmp_path)
+    async with running(CoordinatorService(config, MemoryJournal(), blobs_of(config))) as ada:
+        intake, reference = ada.service.intake, BlobReference(DIGEST, len(CONTENT))
+        older = await ada.fetch()
+        with pytest.raises(UnknownBlob, match="announce it first"):
+            await intake.receive("ada", KEY, DIGEST, 0, stream(CONTENT))
+        await intake.begin_upload("ada", KEY, older.lease_token, reference)
+        await ada.fetch()  # another process of the same name
+        with pytest.raises(LeaseSuperseded, match=f"'ada': lease {older.lease_token} was followed by"):
+            await intake.receive("ada", KEY, DIGEST, 0, stream(CONTENT))
+        assert await ada.upload() == len(CONTENT)
 
 
 async def test_an_empty_chunk_is_refused(tmp_path: Path) -> None:
