@@ -10,12 +10,14 @@ from common.adapter import AdapterSpec, ModuleShape
 from common.codec import Layout, WireDtype
 from common.sizes import human_bytes
 from coordinator.aggregation.forecast import CollapseForecast, energy_factor, forecast_collapse, half_life_of
+from coordinator.aggregation.iterated import is_large
 from coordinator.config import CoordinatorConfig
 from coordinator.federation.state import Profile, part_of
 from coordinator.footprint import BaseFacts, Footprint, StepSetting, footprint_of, lora_numbers, trained_numbers
 
 # Of one core in float64 with one BLAS thread: 9 to 44 measured on 2 cores with AVX2 (2026-11-23), small stacks slowest.
 AGGREGATION_FLOPS = 10e9
+_HALF_PASSES = 4  # what an iteration takes on trained factors; its panels are within the rate
 FEW_OWNERS = 2  # a rank partition with fewer is one site's, or nobody's
 MAX_SITES = 100_000
 
@@ -178,7 +180,7 @@ def training_seconds(config: CoordinatorConfig, site: Site) -> float:
 
 
 def aggregation_seconds(question: Question, cohort: int) -> float:
-    """One round's stack, QR and SVD of every module, spread over the processes: an estimate."""
+    """One round's decompositions of all modules, spread over the processes: an estimate."""
     # The widest stack that a cohort can have: its largest ranks.
     width = sum(sorted((site.rank for site in question.sites), reverse=True)[:cohort])
     rank = question.config.adapter.global_rank
@@ -187,8 +189,10 @@ def aggregation_seconds(question: Question, cohort: int) -> float:
 
 
 def _aggregation_flops(module: ModuleShape, width: int, rank: int) -> float:
-    """Of coordinator.aggregation.low_rank: two thin QRs, the core's product and SVD, the way back."""
+    """A large stack's half passes, or a small one's thin QRs, the core's product and SVD, and the way back."""
     sides = (module.out_features, module.in_features)
+    if is_large(width, sides, rank):
+        return _HALF_PASSES * 2.0 * sum(sides) * width * rank
     qr = sum(4 * side * width**2 - 4 / 3 * width**3 + 2 * side * width * rank for side in sides if width < side)
     short, long = sorted(min(side, width) for side in sides)
     return qr + 2 * short * width * long + 22 * short**2 * long

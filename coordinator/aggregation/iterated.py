@@ -5,26 +5,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from common.adapter import Factors
 from coordinator.aggregation.certificate import Certificate
 from coordinator.aggregation.low_rank import LowRank, Matrix, captured_share, completed, truncate_product
 from coordinator.aggregation.stack import Stack, Weighted
 from coordinator.aggregation.subspace import PROBES, leading_triplets
-from coordinator.aggregation.updates import Part
 
 _MIN_RATIO = 2.5  # of directions to the rank: below it two QR decompositions are faster
 _MIN_DIRECTIONS = 128  # below it everything is over in milliseconds
 _MIN_SIDE_RANKS = 5  # the layer's smaller side in ranks, beside the probes: the bases need room
 
 
-def is_large(previous: Factors, parts: Sequence[Part]) -> bool:
-    """Whether iterating pays for a stack of these parts."""
-    directions = sum(part.rank for part in parts)
-    side = min(previous.lora_B.shape[0], previous.lora_A.shape[1])
-    return (
-        directions > max(_MIN_RATIO * previous.rank, _MIN_DIRECTIONS)
-        and side >= _MIN_SIDE_RANKS * previous.rank + PROBES
-    )
+def is_large(directions: int, shape: tuple[int, int], rank: int) -> bool:
+    """Whether iterating pays for so many stacked directions of a layer of this shape."""
+    return directions > max(_MIN_RATIO * rank, _MIN_DIRECTIONS) and min(shape) >= _MIN_SIDE_RANKS * rank + PROBES
 
 
 def truncate_stack(

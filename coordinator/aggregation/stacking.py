@@ -69,7 +69,8 @@ def truncated_stack(
     parts = parts_of(updates)
     weights = rule([part.rank for part in parts], num_examples, previous.rank)
     rows = previous.lora_A.astype(np.float64)
-    if is_large(previous, parts):
+    shape = previous.lora_B.shape[0], previous.lora_A.shape[1]
+    if is_large(sum(part.rank for part in parts), shape, previous.rank):
         entries = [Weighted(part, share[: part.rank]) for part, share in zip(parts, weights.updates, strict=True)]
         if weights.previous.any():
             entries.insert(0, Weighted(HeldPart(previous), weights.previous))

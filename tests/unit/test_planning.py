@@ -280,6 +280,14 @@ def test_the_work_of_an_aggregation_is_counted_by_hand() -> None:
     assert plan.aggregation_seconds == pytest.approx((sides + core) / AGGREGATION_FLOPS, rel=1e-12)
 
 
+def test_a_large_stack_is_multiplied_and_not_decomposed() -> None:
+    spec, changes = llama("q"), {"adapter__global_rank": 64}
+    plan = planned([site(f"s{i}", 64) for i in range(50)], spec, **changes)
+    # Four half passes with a block of the rank over (m + n) x 3200 numbers, a product and a sum each.
+    sides = sum(module.out_features + module.in_features for module in spec.modules)
+    assert plan.aggregation_seconds == pytest.approx(4 * 2 * sides * 3200 * 64 / AGGREGATION_FLOPS, rel=1e-12)
+
+
 # ---------------------------------------------------------------- the collapse, and warnings
 
 

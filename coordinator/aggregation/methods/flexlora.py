@@ -2,7 +2,7 @@
 
 W = sum_k n_k / N s_k B_k A_k, truncated SVD to the global rank. HLoRA (arXiv 2503.00813) is the same average.
 
-- Down and up, per client and layer: (m + n) r_k. Server: QR and SVD of the stack, O((m + n) R^2 + R^3), R = sum r_k.
+- Down and up, per client and layer: (m + n) r_k. Server: as raFLoRA, O((m + n) R r), R = sum r_k.
 - Known failure: rank collapse. Without any training, direction i comes back multiplied by q_i, the share of
   examples of the clients that own it: its energy dies by q_i^2 a round (docs/method.md).
 - The authors' code forms the dense product and decomposes that; the result is the same, the cost is not. Theirs

@@ -1,6 +1,6 @@
 """FLoRIST (arXiv 2506.09199): FlexLoRA's average, cut to the few directions that hold most of its energy.
 
-W = sum_k n_k / N s_k B_k A_k by QR and SVD of the stack; the shared rank p is the least with
+W = sum_k n_k / N s_k B_k A_k by the SVD of the stack; the shared rank p is the least with
 sum_{i < p} S_i^2 >= energy_threshold * sum of all S_i^2, never above the global rank. Directions beyond p are zero,
 with rows that can be trained. energy_threshold 1 is FlexLoRA.
 
