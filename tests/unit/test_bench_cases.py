@@ -1,3 +1,5 @@
+"""The parts of the measurements that measure nothing: what takes turns, what is pinned, what grows, and by how much."""
+
 from pathlib import Path
 
 import pytest

@@ -1,3 +1,5 @@
+"""What `make bench` says: how far a figure came, what fell short, what became worse, and where it is written."""
+
 import json
 import math
 from pathlib import Path
