@@ -19,6 +19,8 @@ from benchmarks.transfer.site import RANK, spec_of
 from benchmarks.transfer.watched import lateness
 from common.codec import Layout
 
+_IDLE_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Many:
@@ -26,6 +28,7 @@ class Many:
 
     growth_mb: float
     late_seconds: list[float]  # of its event loop: the worst of every tenth of a second
+    idle_late_seconds: list[float]  # the same just before, with nothing to do: what the machine adds
     seconds: float
 
 
@@ -46,10 +49,17 @@ async def measure(folder: Path, num_clients: int, megabytes: int, progress: Call
         await coordinator.start()
         async with closing([Client(coordinator.address, name, RANK) for name in names[:-1]]) as clients:
             await asyncio.gather(*(client.heartbeat(task) for client, task in zip(clients, tasks, strict=True)))
+            idle_since = time.monotonic()
+            await asyncio.sleep(_IDLE_SECONDS)
             progress(f"{num_clients} uploads of {megabytes} MB: arriving")
             before = usage_of(coordinator.pid)
             forget_peak(coordinator.pid)
             since = time.monotonic()
             await asyncio.gather(*map(Client.upload, clients, tasks, payloads))
             until, after = time.monotonic(), usage_of(coordinator.pid)
-    return Many((after.peak_bytes - before.rss_bytes) / MIB, lateness(watch, since, until), until - since)
+    return Many(
+        growth_mb=(after.peak_bytes - before.rss_bytes) / MIB,
+        late_seconds=lateness(watch, since, until),
+        idle_late_seconds=lateness(watch, idle_since, since),
+        seconds=until - since,
+    )

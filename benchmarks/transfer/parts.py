@@ -67,6 +67,14 @@ def _many(progress: Progress, repetitions: int) -> list[Figure]:
         ),
         Figure("transfer", f"{name}: event loop late, 99 of 100 tenths", Spread.of([usual]), "ms", None),
         Figure("transfer", f"{name}: event loop late", Spread.of(late), "ms", None, once),
+        Figure(
+            "transfer",
+            "event loop late with nothing to do, just before",
+            Spread.of([1000 * seconds for seconds in seen.idle_late_seconds]),
+            "ms",
+            None,
+            "what the machine adds: every tenth of a second, median between least and most",
+        ),
         Figure("transfer", f"{name}: arrival", Spread.of([seen.seconds]), "s", None, "all bytes durable"),
     ]
 
