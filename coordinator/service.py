@@ -10,6 +10,8 @@ import structlog
 
 from common.adapter import AdapterSpec
 from common.errors import (
+    CorruptStore,
+    CorruptTransfer,
     IdentityConflict,
     InvalidRequest,
     NoBestAdapter,
@@ -260,7 +262,10 @@ class CoordinatorService:
         )
 
     async def fail_task(self, client_id: str, enrol_key: str, lease_token: int, failure: str) -> bool:
-        """Takes a task back; True if the client may be given it again."""
+        """Takes a task back; True if the client may be given it again.
+
+        If its slice kept arriving damaged, what is on the disk is looked at and mended before the answer.
+        """
         await self.known_member(client_id, enrol_key)
         failure = plain(failure, MAX_FAILURE_CHARS)
         self._check_pace(client_id)
@@ -270,6 +275,8 @@ class CoordinatorService:
             log.warning("task failed", client=client_id, failure=failure)
         opened = transition.state.open
         assignment = opened.assignment_of(client_id) if opened else None
+        if transition.outcome is Outcome.ACCEPTED and assignment and _is_of_damaged_bytes(failure):
+            await self._mend_slice(assignment)
         return assignment is not None and not assignment.is_failed
 
     # ------------------------------------------------------------ bytes
@@ -332,6 +339,15 @@ class CoordinatorService:
             if (await self.engine.submit(ChangeRules(wanted))).outcome is Outcome.ACCEPTED:
                 log.info("rules changed", why=self.explanation())
 
+    async def _mend_slice(self, assignment: Assignment) -> None:
+        """So that neither the next try nor anybody else of this rank gets damaged bytes."""
+        try:
+            await self.foundation.slices.mend(
+                self.engine.state.adapter_digest, assignment.rank, assignment.slice_digest
+            )
+        except CorruptStore as error:  # whoever asks for a task is told so from now on
+            log.error("the global adapter is damaged, so no slice can be made of it", why=str(error))
+
     async def _claim(self, opened: OpenRound, assignment: Assignment, session: str) -> Task | None:
         manifest, client_id = self.foundation.known_manifest, assignment.client_id
         held_token = self.sessions.lease_of(client_id, session)
@@ -362,3 +378,8 @@ class CoordinatorService:
             plan=manifest.plan(opened.number, client_id),
             deadline_seconds=max(0.0, now_open.deadline_at - self.engine.now),
         )
+
+
+def _is_of_damaged_bytes(failure: str) -> bool:
+    """Whether a task failed because bytes kept arriving that are not those of their digest."""
+    return failure.partition(":")[0] == CorruptTransfer.reason

@@ -4,14 +4,19 @@ import asyncio
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 
+import structlog
+
 from common.adapter import Adapter, slice_adapter
 from common.codec import Layout, decode, encode
+from common.errors import CorruptStore, UnknownBlob
 from common.failpoints import reach
 from coordinator.manifest import Manifest
 from coordinator.stores.blobs import BlobStore
 
 MAX_MAKING = 2  # at a time: each holds a whole adapter in memory
 MAX_FOREIGN = 8  # slices of ranks that no client was granted, for observers
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,20 @@ class Slices:
         self._drop_foreign(key)
         return reference
 
+    async def mend(self, adapter_digest: str, rank: int, slice_digest: str) -> None:
+        """Makes a slice anew that was handed out and whose bytes on disk are no longer what they were.
+
+        Raises CorruptStore, and makes nothing, if those of the adapter are not either.
+        """
+        try:
+            await asyncio.to_thread(self._blobs.verify, slice_digest)
+        except (CorruptStore, UnknownBlob) as error:
+            log.error("a slice is damaged and made anew", rank=rank, why=str(error))
+            damaged = [key for key, task in self._made.items() if _digest_in(task) == slice_digest]
+            for key in damaged:
+                del self._made[key]
+            await self.slice_of(adapter_digest, rank)
+
     async def settle(self) -> None:
         """Returns when no slice is being made."""
         while pending := [task for task in self._made.values() if not task.done()]:
@@ -67,8 +86,7 @@ class Slices:
 
     def digests(self) -> set[str]:
         """The blobs that are slices."""
-        finished = [t for t in self._made.values() if t.done() and not t.cancelled() and t.exception() is None]
-        return {task.result().digest for task in finished}
+        return {_digest_in(task) for task in self._made.values()} - {""}
 
     def owns(self, digest: str) -> bool:
         """Whether these bytes are a slice that may be handed to a client."""
@@ -81,8 +99,9 @@ class Slices:
         foreign = [key for key, task in self._made.items() if key[1] not in granted and task.done()]
         for key in [key for key in foreign if key != wanted][: max(0, len(foreign) - MAX_FOREIGN)]:
             task = self._made.pop(key)
-            if not task.cancelled() and task.exception() is None and not self.owns(task.result().digest):
-                self._on_dropped(task.result().digest)
+            digest = _digest_in(task)
+            if digest and not self.owns(digest):
+                self._on_dropped(digest)
 
     async def _make_in_turn(self, adapter_digest: str, rank: int) -> BlobReference:
         async with self._making:
@@ -96,6 +115,12 @@ class Slices:
         reference = BlobReference(self._blobs.put(content), len(content))
         reach("slice.stored")
         return reference
+
+
+def _digest_in(making: asyncio.Task[BlobReference]) -> str:
+    """Of the slice that was made; empty while there is none."""
+    is_made = making.done() and not making.cancelled() and making.exception() is None
+    return making.result().digest if is_made else ""
 
 
 def read_global_adapter(blobs: BlobStore, manifest: Manifest, digest: str) -> Adapter:

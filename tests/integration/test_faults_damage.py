@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from coordinators import NumpyClient, clients_of, config_of, observing, serving
 from faults.flip_bytes import KINDS, RANKS, Ruin, make_ruin, trials
+from structlog.testing import capture_logs
 
 from common.codec import digest_of
-from common.errors import CorruptTransfer
+from common.errors import CorruptStore, CorruptTransfer
 from coordinator.stores.blobs import FileBlobs
 from worker.messages import Outcome, Task
 
@@ -75,12 +76,45 @@ async def test_a_rotten_update_is_asked_for_again_and_the_round_heals(tmp_path: 
         content = await ada.train(task)
         await ada.upload(task, content)
         assert await ada.submit(task, content) is Outcome.ACCEPTED
-        blob = FileBlobs(config.state_dir / "blobs").open(digest_of(content))
-        blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        _flip(FileBlobs(config.state_dir / "blobs").open(digest_of(content)))
         await asyncio.gather(*(client.work() for client in clients))
         status = await observer.finished()
         assert status.adapter_digest == expected
         assert status.last_round.attempts == 2
+
+
+async def test_a_slice_that_rots_under_a_running_coordinator_is_made_anew_when_a_worker_tells(tmp_path: Path) -> None:
+    expected = await _adapter_of(tmp_path / "undisturbed")
+    config = config_of(tmp_path / "rotten", rounds__num_rounds=1)
+    async with serving(config) as address, observing(address) as observer, clients_of(address, RANKS) as clients:
+        ada = clients[0]
+        task = await ada.fetch_task()
+        slice_blob = FileBlobs(config.state_dir / "blobs").open(task.adapter.digest)
+        _flip(slice_blob)
+        with capture_logs() as logs:
+            assert await ada.rpc.fail_task(task.lease_token, CorruptTransfer.reason, "damaged 3 times in a row")
+        assert [str(slice_blob) in entry["why"] for entry in logs if "made anew" in entry["event"]] == [True]
+        await asyncio.gather(*(client.work() for client in clients))  # each checks the digest of what it gets
+        assert (await observer.finished()).adapter_digest == expected
+
+
+async def test_a_global_adapter_that_rots_under_a_running_coordinator_is_refused_by_name(tmp_path: Path) -> None:
+    config = config_of(tmp_path, rounds__num_rounds=1)
+    async with serving(config) as address, observing(address) as observer, clients_of(address, RANKS) as (ada, *_):
+        task = await ada.fetch_task()
+        blobs = FileBlobs(config.state_dir / "blobs")
+        adapter = blobs.open((await observer.see()).adapter_digest)
+        _flip(adapter)
+        _flip(blobs.open(task.adapter.digest))
+        assert await ada.rpc.fail_task(task.lease_token, CorruptTransfer.reason, "damaged 3 times in a row")
+        with pytest.raises(CorruptStore, match=f"blob {adapter}: its bytes changed on disk"):
+            await ada.fetch_task()
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 async def _send(client: NumpyClient, task: Task, content: bytes) -> None:
