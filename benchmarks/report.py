@@ -16,7 +16,7 @@ from benchmarks.interleaved import Figure, Goal, Spread
 from benchmarks.recorded import Change
 
 NOT_MEASURED = Spread(math.nan, math.nan, math.nan)
-_BEGIN, _END = "<!-- bench:{part}: begin; `make bench` writes what follows -->", "<!-- bench:{part}: end -->"
+_BEGIN, _END = "<!-- bench:{part}: begin; measured, not written by hand -->", "<!-- bench:{part}: end -->"
 
 
 @dataclass(frozen=True)
