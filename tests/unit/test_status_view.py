@@ -11,6 +11,7 @@ from engines import Monotonic
 from raflora.v1 import status_pb2 as pb
 from rounds import ADA, BOB, CEM, RANKS, after, claims, joins, started
 
+from coordinator.aggregation.certificate import RoundCertificate
 from coordinator.aggregation.report import RankPartition, RoundReport
 from coordinator.clock import FederationClock
 from coordinator.federation.requests import Pause
@@ -29,6 +30,7 @@ REPORT = RoundReport(
     energy=2.0,
     energy_lost=0.01,
     norm=2.0**0.5,
+    certificate=RoundCertificate(half_passes=5, residual=1e-4, captured=0.99, exact=1, iterated=2),
 )
 
 
@@ -65,6 +67,9 @@ def test_a_round_is_summed_up_from_its_record(manifest: Manifest) -> None:
     assert summary.bytes_received == 200
     assert summary.bytes_sent == manifest.layout(2).size_bytes + manifest.layout(4).size_bytes
     assert (summary.rho, summary.effective_rank, summary.rank_99, summary.energy) == (0.5, 5.5, 7, 2.0)
+    vouched = summary.certificate
+    assert (vouched.half_passes, vouched.residual, vouched.captured) == (5, 1e-4, 0.99)
+    assert (vouched.exact, vouched.iterated, vouched.dense) == (1, 2, 0)
     assert [(p.low, p.high, p.contributors) for p in summary.partitions] == [(0, 2, 3), (2, 4, 2), (4, 8, 1)]
 
 
