@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from faults.kills import Campaign, Outcome, nursery
+from faults.kills import Campaign, DisturbedByItself, Outcome, nursery
 from faults.schedule import COORDINATOR
 from rich.console import Console
 from rich.progress import Progress
@@ -29,8 +30,13 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="raflora-kills-"))
     console.print(f"seed {asked.seed}, {asked.kills} kills, in {folder}")
     started = time.perf_counter()
-    campaign = asyncio.run(_run(asked.seed, asked.kills, folder, console))
+    campaign, broken = asyncio.run(_run(asked.seed, asked.kills, folder, console))
     report = report_of(campaign, time.perf_counter() - started)
+    report["breaches"] = broken + report["breaches"]
+    if report["breaches"]:
+        console.print(f"what the broken federation left is in {folder}")
+    else:
+        shutil.rmtree(folder)
     if asked.format == "json":
         print(json.dumps(report, indent=2))
     else:
@@ -38,7 +44,8 @@ def main() -> int:
     return 1 if report["breaches"] else 0
 
 
-async def _run(seed: int, kills: int, folder: Path, console: Console) -> Campaign:
+async def _run(seed: int, kills: int, folder: Path, console: Console) -> tuple[Campaign, list[str]]:
+    """The campaign, and what was broken before anybody was killed."""
     async with nursery() as place:
         campaign = Campaign(place, folder, seed)
         with Progress(console=console) as progress:
@@ -47,8 +54,11 @@ async def _run(seed: int, kills: int, folder: Path, console: Console) -> Campaig
             def advance(outcome: Outcome) -> None:
                 progress.advance(bar, len(outcome.kills))
 
-            await campaign.run(kills, advance)
-    return campaign
+            try:
+                await campaign.run(kills, advance)
+            except DisturbedByItself as error:
+                return campaign, [str(error)]
+    return campaign, []
 
 
 def report_of(campaign: Campaign, seconds: float) -> dict[str, Any]:
@@ -67,6 +77,8 @@ def report_of(campaign: Campaign, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "recovery_seconds": {"median": _at(recoveries, 0.5), "p99": _at(recoveries, 0.99)},
         "kills_at": dict(sorted(killed_at.items())),
+        "steps_killed_at": len(killed_at),
+        "steps_reached": len(reached.keys() | killed_at.keys()),
         "reached_but_never_killed_at": sorted(reached.keys() - killed_at.keys()),
         "breaches": [breach for outcome in outcomes for breach in outcome.breaches],
         "replay": f"make kills SEED={campaign.seed} KILLS={len(kills) + 1}",
@@ -84,6 +96,11 @@ def _show(report: dict[str, Any], console: Console) -> None:
     for step, count in report["kills_at"].items():
         table.add_row(step, str(count))
     console.print(table)
+    coordinators = report["of_the_coordinator"]
+    console.print(
+        f"killed at {report['steps_killed_at']} of {report['steps_reached']} steps that were reached; "
+        f"{coordinators} kills of the coordinator, {report['kills'] - coordinators} of workers"
+    )
     console.print(f"reached, but nobody was killed there: {', '.join(report['reached_but_never_killed_at']) or 'none'}")
     recovery = report["recovery_seconds"]
     console.print(f"the coordinator answers again after {recovery['median']} s (median), {recovery['p99']} s (p99)")

@@ -9,7 +9,7 @@ import pytest_asyncio
 from faults.account import KILLED_BY, NEVER_KILLED, killed_elsewhere
 from faults.kills import Campaign, Nursery, PlanOf, Setting, nursery, play, undisturbed
 from faults.plans import EachStep
-from faults.schedule import COORDINATOR, Schedule
+from faults.schedule import COORDINATOR, DEALT_EACH, Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow]
@@ -30,6 +30,8 @@ async def test_two_hundred_kills_change_nothing(tmp_path: Path, place: Nursery) 
     breaches = [breach for outcome in campaign.outcomes for breach in outcome.breaches]
     assert breaches == [], f"again: make kills SEED={SEED} KILLS={campaign.kills + 1}"
     assert campaign.kills >= 200
+    of_the_coordinator = [kill for o in campaign.outcomes for kill in o.kills if kill.key == COORDINATOR]
+    assert len(of_the_coordinator) >= 0.6 * campaign.kills
     assert all(outcome.receipts >= 20 * 8 for outcome in campaign.outcomes)
 
 
@@ -70,7 +72,21 @@ def test_a_schedule_comes_to_rare_steps_as_often_as_to_common_ones() -> None:
     names = tuple(f"step.{number}" for number in range(40))
     plans = [Schedule(7, 0, {COORDINATOR: names}).plan_of(COORDINATOR, life) for life in range(800)]
     assert all(any(f"kill@{name}:" in plan for plan in plans) for name in names)
-    assert 300 < sum("step." in plan for plan in plans) < 500
+    assert 540 < sum("step." in plan for plan in plans) < 660
+
+
+def test_the_coordinators_names_are_dealt_once_each_before_one_comes_again() -> None:
+    names = tuple(f"step.{number}" for number in range(40))
+    federations = [Schedule(7, number, {COORDINATOR: (*names, "bytes.synced")}) for number in range(2)]
+    first, second = ({*_names_of(federation)} for federation in federations)
+    assert len(first) == DEALT_EACH
+    assert set(names) <= first | second  # the second goes on where the first ended
+
+
+def _names_of(federation: Schedule) -> list[str]:
+    """The first DEALT_EACH names that a federation's coordinator is dealt."""
+    plans = (federation.plan_of(COORDINATOR, life) for life in range(DEALT_EACH * 4))
+    return [match[1] for plan in plans if (match := re.match(r"kill@(step\.\d+)", plan))][:DEALT_EACH]
 
 
 def _after_half_a_blob(plan_of: PlanOf) -> PlanOf:
