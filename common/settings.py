@@ -180,9 +180,16 @@ def quiet_grpc_core() -> None:
 
 
 def quiet_trackers() -> None:
-    """Keeps MLflow and Weights & Biases from telling their makers how they are used; call it before their import."""
+    """Keeps MLflow and Weights & Biases from telling their makers how they are used, and from trying for minutes.
+
+    Call it before their import. What the environment says already, stays.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # of a run; it may hold a password
+    os.environ.setdefault(
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"
+    )  # within a quarter of a minute; its own: 7, in minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 

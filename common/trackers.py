@@ -1,4 +1,4 @@
-"""Hands numbers to TensorBoard, MLflow and Weights & Biases through their own libraries, in a thread of its own.
+"""Hands numbers to TensorBoard, MLflow and Weights & Biases through their own libraries, each in a thread of its own.
 
 It never holds up, slows or breaks what it watches: what a library cannot take is told once in the log and dropped,
 and numbers that come faster than they can be handed on are dropped and counted. Nothing but the numbers, their steps
@@ -6,14 +6,16 @@ and the settings named here is given to a library; what the libraries would add 
 load, the program's text, its output) and what they would tell their makers is switched off where they let us.
 """
 
+import contextlib
 import json
+import logging
 import math
 import queue
 import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,10 +31,11 @@ from common.transfer import write_durably
 MAX_WAITING = 10_000  # notes, of a few numbers each
 MAX_NAMES = 1000  # of curves in all: who names metrics may not make ever new ones
 _MAX_BATCH = 500  # of MLflow's numbers in one call, which takes a thousand
-CLOSE_SECONDS = 20.0
+CLOSE_SECONDS = 20.0  # for all libraries together; importing one takes seconds
 _RUNS = "tracking.json"
 _LONGEST_NAME = 200
 _STRANGE = re.compile(r"[^A-Za-z0-9_./ -]")
+_KEEPING = threading.Lock()  # of the file that says which runs are ours; each library's thread writes to it
 _USER = re.compile(r"//[^/@\s]*@")
 _HOW_TO_INSTALL = 'pip install "raflora[tracking]"'
 
@@ -93,16 +96,12 @@ def check_installed(config: TrackingConfig) -> None:
 
 
 class Trackers:
-    """The sinks of one run. `note` never blocks and never raises."""
+    """The sinks of one run, each with a thread of its own. `note` never blocks and never raises."""
 
     def __init__(self, open_sinks: Sequence[tuple[str, Callable[[], Sink]]]) -> None:
-        self._opening = tuple(open_sinks)
-        self._waiting: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(MAX_WAITING)
-        self.dropped = 0
         self._names: set[str] = set()
-        self._thread = threading.Thread(target=self._hand_on, name="tracking", daemon=True)
-        if self._opening:
-            self._thread.start()
+        self._names_dropped = 0
+        self._hands = [_Hand(name, open_sink) for name, open_sink in open_sinks]
 
     @classmethod
     def of(cls, config: TrackingConfig, run: Run) -> "Trackers":
@@ -117,63 +116,101 @@ class Trackers:
             sinks.append(("wandb", lambda: _WandB(config.wandb, run)))
         return cls(sinks)
 
+    @property
+    def dropped(self) -> int:
+        """Notes that came faster than they could be handed on, and numbers of names too many."""
+        return self._names_dropped + sum(hand.dropped for hand in self._hands)
+
     def note(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a step, by name; what is not finite is left out."""
-        if not self._opening:
+        if not self._hands:
             return
         finite = {self._known(name): float(value) for name, value in values.items() if math.isfinite(value)}
         finite.pop("", None)
-        if not finite:
-            return
-        try:
-            self._waiting.put_nowait((step, finite))
-        except queue.Full:
-            self.dropped += 1
+        if finite:
+            for hand in self._hands:
+                hand.take(step, finite)
 
     def _known(self, name: str) -> str:
         """The name as every library takes it; empty for one too many."""
         plain = _STRANGE.sub("_", name)[:_LONGEST_NAME].replace("..", "__").strip("/ ")
         if plain not in self._names:
             if len(self._names) >= MAX_NAMES:
-                self.dropped += 1
+                self._names_dropped += 1
                 return ""
             self._names.add(plain)
         return plain
 
     def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
-        """Waits for what is still to be handed on, but not for ever."""
-        if not self._opening:
+        """Waits for what is still to be handed on, but not for ever: so long for all libraries together."""
+        until = time.monotonic() + timeout_seconds
+        for hand in self._hands:
+            hand.finish()
+        for hand in self._hands:
+            hand.wait(until - time.monotonic())
+        if self.dropped or any(hand.is_busy for hand in self._hands):
+            waiting = sum(hand.still_waiting for hand in self._hands)
+            log.warning("tracking is incomplete", dropped=self.dropped, still_waiting=waiting)
+
+
+class _Hand:
+    """Hands the notes of a run to one library, so that a slow or dead one holds up none of the others."""
+
+    def __init__(self, name: str, open_sink: Callable[[], Sink]) -> None:
+        self._name = name
+        self._open_sink = open_sink
+        self._waiting: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(MAX_WAITING)
+        self._is_over = threading.Event()  # nothing more will be noted
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._hand_on, name=f"tracking {name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the library still has something to do; once it has failed it has not."""
+        return self._thread.is_alive()
+
+    @property
+    def still_waiting(self) -> int:
+        """Notes that nobody has taken yet."""
+        return sum(note is not None for note in tuple(self._waiting.queue)) if self.is_busy else 0
+
+    def take(self, step: int, values: Mapping[str, float]) -> None:
+        """Keeps the numbers until the library takes them."""
+        if not self.is_busy:
             return
         try:
-            self._waiting.put(None, timeout=timeout_seconds)
+            self._waiting.put_nowait((step, values))
         except queue.Full:
-            pass  # a library hangs; the thread ends with the process
-        else:
-            self._thread.join(timeout_seconds)
-        if self.dropped or self._thread.is_alive():
-            log.warning("tracking is incomplete", dropped=self.dropped, still_waiting=self._waiting.qsize())
+            self.dropped += 1
+
+    def finish(self) -> None:
+        """Nothing more will be noted."""
+        self._is_over.set()
+        with contextlib.suppress(queue.Full):  # then the thread need not be woken
+            self._waiting.put_nowait(None)
+
+    def wait(self, timeout_seconds: float) -> None:
+        """Until the library has all of it; if it hangs, its thread ends with the process."""
+        self._thread.join(max(0.0, timeout_seconds))
 
     def _hand_on(self) -> None:
-        sinks: dict[str, Sink] = {}
-        for name, open_sink in self._opening:
-            self._try(name, lambda: sinks.__setitem__(name, open_sink()))  # noqa: B023 - called at once
-        while (note := self._waiting.get()) is not None:
-            for name, sink in list(sinks.items()):
-                if not self._try(name, lambda: sink.log(*note)):  # noqa: B023 - called at once
-                    del sinks[name]
-        for name, sink in sinks.items():
-            self._try(name, sink.close)
-
-    @staticmethod
-    def _try(name: str, act: Callable[[], object]) -> bool:
         try:
-            act()
+            sink = self._open_sink()
+            for step, values in self._notes():
+                sink.log(step, values)
+            sink.close()
         except Exception as error:
             # The libraries raise what they like, the network's errors among it; the run must not notice.
             why = _USER.sub("//", f"{type(error).__name__}: {error}")[:500]
-            log.warning("tracking has ended", library=name, why=why)
-            return False
-        return True
+            log.warning("tracking has ended", library=self._name, why=why)
+
+    def _notes(self) -> Iterator[tuple[int, Mapping[str, float]]]:
+        """All that is noted, in order, until there is nothing left and nothing more will come."""
+        while not (self._is_over.is_set() and self._waiting.empty()):
+            note = self._waiting.get()
+            if note is not None:
+                yield note
 
 
 class _TensorBoard:
@@ -252,6 +289,7 @@ def _load_tensorboard() -> tuple[Any, Any, Any]:
 
 def _load_mlflow() -> tuple[Any, Any, Any]:
     quiet_trackers()
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of every retry; that a server is gone is told once
     from mlflow import MlflowClient  # noqa: PLC0415 - an extra, and seconds
     from mlflow.entities import Metric, Param  # noqa: PLC0415
 
@@ -283,9 +321,10 @@ def _runs_in(folder: Path) -> dict[str, str]:
 
 
 def _keep_run(folder: Path, place: str, run_id: str) -> None:
-    content = json.dumps({**_runs_in(folder), place: run_id}, indent=2)
     try:
-        write_durably(folder / _RUNS, content.encode())
+        with _KEEPING:
+            content = json.dumps({**_runs_in(folder), place: run_id}, indent=2)
+            write_durably(folder / _RUNS, content.encode())
     except (OSError, RafloraError) as error:
         log.warning("a restart will begin a new run", place=place, why=str(error))
 

@@ -1,10 +1,12 @@
 """The course of this worker for the site's own TensorBoard, MLflow or Weights & Biases; no coordinator knows of it.
 
-Sent are the training loss of each step, and of each task what its result measured, how long it took and how many
-examples it saw. If [policy] lets no metrics leave, only what stays on this machine is allowed.
+Sent are the training loss of each step, and of each task what its result measured, how long it took, how many examples
+it saw, its round and rank; and beside the curves the names of run and model, the rank and the quantization. If [policy]
+lets no metrics leave, only what stays on this machine is allowed.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import structlog
 
@@ -12,6 +14,7 @@ from common.errors import ConfigError
 from common.trackers import Run, Trackers, check_installed, destinations, leaves_this_machine
 from worker.config import WorkerConfig
 from worker.messages import Progress, Task, TaskKind
+from worker.peft_format import public_name
 
 log = structlog.get_logger()
 
@@ -25,11 +28,19 @@ def trackers_of(config: WorkerConfig, client_id: str) -> Trackers:
             "tracking.tensorboard writes to a folder here, or leave [tracking] out"
         )
     check_installed(tracking)
-    if tracking.is_used:
-        log.info("tracking", to=destinations(tracking), what="train_loss, metrics, seconds and examples of each task")
-    settings = {"model": config.model.path, "rank": str(config.rank), "quantization": config.model.quantization}
+    settings = shown_beside(config)
     name = tracking.run_name or client_id
+    if tracking.is_used:
+        what = "train/loss of each step; metrics, seconds, examples, round and rank of each task"
+        log.info("tracking", to=destinations(tracking), what=what, run=name, beside=settings)
     return Trackers.of(tracking, Run("raflora", name, config.state_dir, settings))
+
+
+def shown_beside(config: WorkerConfig) -> dict[str, str]:
+    """What stands beside the curves; of a folder only its name, for where it lies is nobody's business elsewhere."""
+    path = config.model.path
+    name = Path(path).name if Path(path).expanduser().is_dir() else public_name(path)
+    return {"model": name, "rank": str(config.rank), "quantization": config.model.quantization}
 
 
 class Course:
