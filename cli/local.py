@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.types import PositiveFloat
 from raflora.v1 import status_pb2
 from rich.table import Table
 from rich.text import Text
@@ -44,6 +45,9 @@ async def local(
     export_to: Annotated[Path | None, Parameter(help="Write the trained adapter there, as `raflora export` does.")] = (
         None
     ),
+    join_seconds: Annotated[
+        PositiveFloat, Parameter(help="Give up when nobody has joined for so long; a model may have to be fetched.")
+    ] = 1800.0,
     set_: Annotated[
         tuple[str, ...], Parameter(name="--set", help="KEY=VALUE overrides a key of FEDERATION; repeatable.")
     ] = (),
@@ -66,13 +70,15 @@ async def local(
     if num_training < config.rounds.min_clients:
         raise ConfigError(f"{num_training} workers that train, but rounds.min_clients is {config.rounds.min_clients}")
     files, places = _files(logs, federation, names, set_), Places(logs, export_to)
-    with LocalScreen(stdout_console() if format == "table" else stderr_console()) as screen:
+    with LocalScreen(stdout_console() if format == "table" else stderr_console(), logs) as screen:
         screen.title(f"{config.name}: {config.rounds.num_rounds} rounds, {len(names)} workers, logs in {logs}")
         story = await until_told_to_end(
-            run_federation(config.aggregation.method, files, screen, export_to=export_to),
+            run_federation(config.aggregation.method, files, screen, export_to=export_to, join_seconds=join_seconds),
             lambda: screen.say(f"Interrupted; every process that was started has been ended. Their logs: {logs}"),
         )
         _show(story, screen)
+        if lacks_evaluations(config, story):
+            screen.say("", f"No evaluation succeeded, so nobody knows how good the adapter is; why: {logs}/*.log")
         if export_to is not None:
             screen.say("", f"The adapter, a stock PEFT folder: {export_to}")
     if format == "json":
@@ -100,6 +106,13 @@ def _names(files: Sequence[Path]) -> tuple[Mapping[str, Path], int]:
         named[config.name] = states[config.state_dir.absolute()] = file
         num_training += not config.evaluator
     return named, num_training
+
+
+def lacks_evaluations(config: CoordinatorConfig, story: Story) -> bool:
+    """Whether evaluations were due in the rounds that were followed and none came."""
+    every, last = config.rounds.evaluate_every, config.rounds.num_rounds
+    due = [one for one in story.rounds if every and (one.round % every == 0 or one.round == last)]
+    return bool(due) and not any(one.evaluations for one in due)
 
 
 def _show(story: Story, screen: LocalScreen) -> None:

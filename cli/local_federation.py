@@ -21,7 +21,7 @@ from cli.local_processes import Child, Children, end, output_of, wait_for
 from common.errors import Unavailable
 
 LISTEN_SECONDS = 60.0  # for the coordinator to take calls
-JOIN_SECONDS = 300.0  # for all workers to load torch and the model, on a machine that is slow and busy
+JOIN_SECONDS = 300.0  # from one worker that joins to the next: torch and the model, on a machine that is slow and busy
 STILLNESS_SECONDS = 300.0  # without any change in a federation that has begun
 GOODBYE_SECONDS = 60.0  # for workers that know that the federation is over
 EXPORT_SECONDS = 60.0
@@ -77,7 +77,14 @@ class Story:
     ending: Status = field(default_factory=Status)  # the last look at it
 
 
-async def run_federation(method: str, files: Files, audience: Audience, *, export_to: Path | None = None) -> Story:
+async def run_federation(
+    method: str,
+    files: Files,
+    audience: Audience,
+    *,
+    export_to: Path | None = None,
+    join_seconds: float = JOIN_SECONDS,
+) -> Story:
     """One coordinator and its workers as processes, until the last round is evaluated and all of them are gone.
 
     With `export_to` the adapter is fetched into that folder with `raflora export`. Raises Failed if a process fails
@@ -102,7 +109,8 @@ async def run_federation(method: str, files: Files, audience: Audience, *, expor
             )
             for name, settings in files.workers.items()
         ]
-        await _Follower(_Scene(address, children, len(workers), started), story, audience).follow()
+        scene = _Scene(address, children, len(workers), started, join_seconds)
+        await _Follower(scene, story, audience).follow()
         if export_to is not None:
             await output_of(
                 "raflora export",
@@ -142,6 +150,7 @@ class _Scene:
     children: Children
     num_workers: int
     started: float  # by time.monotonic
+    join_seconds: float  # without anybody who joins
 
 
 class _Follower:
@@ -228,9 +237,13 @@ class _Follower:
         standing = (status.clients_known, status.phase, status.round, _steps_done(status))
         if standing != self._standing:
             self._standing, self._changed_at = standing, now
-        patience_seconds = STILLNESS_SECONDS if self._story.start_seconds else JOIN_SECONDS
-        if now - self._changed_at > patience_seconds:
-            raise Failed(f"nothing has happened for {patience_seconds:g} s: {status.explanation}")
+        if self._story.start_seconds and now - self._changed_at > STILLNESS_SECONDS:
+            raise Failed(f"nothing has happened for {STILLNESS_SECONDS:g} s: {status.explanation}")
+        if not self._story.start_seconds and now - self._changed_at > self._scene.join_seconds:
+            raise Failed(
+                f"nobody has joined for {self._scene.join_seconds:g} s: {status.explanation}; the workers' logs say "
+                "what they do; loading a model that must be fetched first takes longer: --join-seconds"
+            )
 
 
 def _steps_done(status: Status) -> tuple[tuple[int, int], ...]:

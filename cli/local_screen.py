@@ -4,6 +4,7 @@ Without a terminal (a pipe, a CI log) the moving part is left out and the bars f
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from raflora.v1 import status_pb2
 from rich.console import Console, Group, RenderableType
@@ -31,12 +32,13 @@ _METHOD_NAMES = {"raflora": "raFLoRA", "flexlora": "FlexLoRA"}
 class LocalScreen(LiveScreen):
     """Tells what happens; an Audience of the federation. Use as a context: it gives the terminal back."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, logs: Path | None = None) -> None:
         self._live = Live(console=console, refresh_per_second=_PER_SECOND, transient=True)
         super().__init__(console, self._live)
         self._energies: RenderableType = Text()
         self._waited_for = ""
         self._evaluators = 0
+        self._logs = logs
 
     def say(self, *lines: RenderableType) -> None:
         """Lines that stay; a terminal that is too narrow gets them wrapped at words."""
@@ -75,7 +77,8 @@ class LocalScreen(LiveScreen):
     def failed(self, assignment: status_pb2.AssignmentStatus) -> None:
         """A task went wrong; the coordinator decides what comes of it."""
         name, why = plain(assignment.client_id), plain(assignment.last_failure)
-        self.say(Text(f"  {name} could not do its task: {why}", style="yellow"))
+        where = "" if self._logs is None else f" ({self._logs / f'{name}.log'})"
+        self.say(Text(f"  {name} could not do its task: {why}{where}", style="yellow"))
 
     def moves(self, status: status_pb2.FederationStatus) -> None:
         """The open round and the newest energies."""

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from canned_coordinator import summary
-from coordinators import settings_of, to_toml
+from coordinators import config_of, settings_of, to_toml
 from raflora.v1 import status_pb2
 from rich.console import Console
 
 from cli.errors import ExitCode
-from cli.local import Places, as_json, metrics_table
+from cli.local import Places, as_json, lacks_evaluations, metrics_table
 from cli.local_federation import Story
+from cli.local_screen import LocalScreen
 from cli.main import main
 
 
@@ -128,3 +129,34 @@ def test_a_metric_that_is_no_number_is_null() -> None:
     story.rounds[0].evaluations[0].metrics["eval_loss"] = float("nan")
     sites = {site["site"]: site["metrics"] for site in as_json("moods", story, Places(Path("logs"), None))["sites"]}
     assert (sites["bob"]["eval_loss"], sites["ada"]["eval_loss"]) == (None, 1.25)
+
+
+@pytest.mark.parametrize(
+    ("every", "rounds", "evaluated", "lacks"),
+    [
+        (1, [1, 2, 3], [], True),
+        (1, [1, 2, 3], [1], False),
+        (2, [1], [], False),  # none was due yet
+        (2, [1, 2], [], True),
+        (5, [1, 2, 3], [], True),  # the last round always is
+        (0, [1, 2, 3], [], False),
+    ],
+)
+def test_it_is_said_if_evaluations_were_due_and_none_succeeded(
+    every: int, rounds: list[int], evaluated: list[int], lacks: bool, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, rounds__num_rounds=3, rounds__evaluate_every=every)
+    story = Story("raflora", rounds=[status_pb2.RoundSummary(round=number) for number in rounds])
+    for one in story.rounds:
+        if one.round in evaluated:
+            one.evaluations.add(client_id="ada")
+    assert lacks_evaluations(config, story) is lacks
+
+
+def test_a_task_that_failed_is_shown_with_the_log_that_says_more(tmp_path: Path) -> None:
+    shown = StringIO()
+    screen = LocalScreen(Console(file=shown, width=200), tmp_path / "logs")
+    screen.failed(status_pb2.AssignmentStatus(client_id="ada", last_failure="wrong_method: set evaluation.match"))
+    assert (
+        f"ada could not do its task: wrong_method: set evaluation.match ({tmp_path}/logs/ada.log)" in shown.getvalue()
+    )
