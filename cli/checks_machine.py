@@ -3,6 +3,7 @@
 What has to be written to be known (does a file last?) is written beside the rest and taken away again.
 """
 
+import csv
 import json
 import os
 import shutil
@@ -32,6 +33,8 @@ _NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "glusterfs", "gpfs", "beegfs", "afs", "fuse.sshfs"}
 )
 _FILE_KINDS = (".jsonl", ".csv", ".parquet")
+_READ_COLUMNS = ("text_column", "prompt_column", "messages_column", "image_column", "feature_column")
+_LONGEST_LINE = 1 << 20
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TORCH = "import torch; c = torch.cuda; print(torch.__version__, c.is_available(), c.device_count())"
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
@@ -174,10 +177,10 @@ def check_data(config: DataConfig) -> Iterator[Check]:
     """Whether the data files are there and can be read; a hub data set's id is taken on trust."""
     for key, source in (("train", config.train), ("test", config.test)):
         if source:
-            yield _data_source(f"data.{key}", source)
+            yield _data_source(f"data.{key}", source, config)
 
 
-def _data_source(name: str, source: str) -> Check:
+def _data_source(name: str, source: str, config: DataConfig) -> Check:
     path = Path(source).expanduser()
     if path.suffix not in _FILE_KINDS and not path.exists():
         return ok(name, f"{source} is no local file, so a hub data set's id")
@@ -190,7 +193,35 @@ def _data_source(name: str, source: str) -> Check:
         return failed(name, f"{path.absolute()}: {error.strerror}", f"set {name} to a file that this user can read")
     if is_empty:
         return failed(name, f"{path} is empty", f"set {name} to a file with records")
-    return ok(name, f"{path}: {human_bytes(path.stat().st_size)}")
+    return _columns(name, path, config)
+
+
+def _columns(name: str, path: Path, config: DataConfig) -> Check:
+    """Whether the file has a column that some kind of task reads; which task it will be, only the coordinator knows."""
+    size, columns = human_bytes(path.stat().st_size), _columns_of(path)
+    if not columns:
+        return ok(name, f"{path}: {size}")
+    wanted = {key: str(getattr(config, key)) for key in _READ_COLUMNS}
+    named = [key for key in wanted if key in config.model_fields_set]  # by this site, not by default
+    found = f"{path}: the columns are {', '.join(columns)}"
+    missing = [f"{wanted[key]!r} (data.{key})" for key in named or wanted if wanted[key] not in columns]
+    if not set(wanted.values()) & set(columns):
+        return failed(name, f"{found}, and none is called {' or '.join(missing)}", "name your columns in [data]")
+    if named and missing:
+        return warning(name, f"{found}, and none is called {' or '.join(missing)}", "correct [data] or the file")
+    return ok(name, f"{path}: {size}, columns {', '.join(columns)}")
+
+
+def _columns_of(path: Path) -> tuple[str, ...]:
+    """Of a csv or jsonl file, by its first line; empty if that says nothing, which its reader will complain of."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            line = file.readline(_LONGEST_LINE)
+        if path.suffix == ".csv":
+            return tuple(next(csv.reader([line]), ()))
+        return tuple(json.loads(line)) if path.suffix == ".jsonl" and line.lstrip().startswith("{") else ()
+    except (OSError, ValueError, csv.Error, RecursionError):
+        return ()
 
 
 def check_device(config: ModelConfig, python: str = sys.executable) -> Check:

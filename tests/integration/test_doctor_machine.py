@@ -149,6 +149,32 @@ def test_data_is_there_or_is_named(tmp_path: Path) -> None:
     assert "a hub data set" in only(check_data(DataConfig(train="stanfordnlp/imdb"))).found
 
 
+@pytest.mark.parametrize(
+    ("header", "named", "verdict", "said"),
+    [
+        ("text,label", {}, Verdict.OK, "columns text, label"),
+        (
+            "review,stars",
+            {},
+            Verdict.FAILED,
+            "the columns are review, stars, and none is called 'text' (data.text_column)",
+        ),
+        ("review,stars", {"text_column": "revue"}, Verdict.FAILED, "none is called 'revue' (data.text_column)"),
+        ("review,stars", {"text_column": "review"}, Verdict.OK, "columns review, stars"),
+        ("prompt,answer", {"text_column": "revue"}, Verdict.WARNING, "none is called 'revue' (data.text_column)"),
+    ],
+)
+def test_a_file_without_the_named_columns_lists_those_it_has(
+    header: str, named: dict[str, str], verdict: Verdict, said: str, tmp_path: Path
+) -> None:
+    table, lines = tmp_path / "train.csv", tmp_path / "train.jsonl"
+    table.write_text(f"{header}\nfine,5\n")
+    lines.write_text(json.dumps(dict.fromkeys(header.split(","), "x")) + "\n")
+    for path in (table, lines):
+        found = only(check_data(DataConfig(train=str(path), **named)))  # type: ignore[arg-type]
+        assert (found.verdict, said in found.found) == (verdict, True), found
+
+
 def python_that_says(folder: Path, words: str) -> str:
     program = folder / "python"
     program.write_text(f"#!/bin/sh\n{words}\n")
