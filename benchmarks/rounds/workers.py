@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import structlog
 
 from benchmarks.load.clients import BASE_MODEL
 from benchmarks.rounds.shapes import RANK, spec_of
@@ -114,5 +115,7 @@ def _answer(**values: float) -> None:
 
 
 if __name__ == "__main__":
+    # What a worker says to people must not stand among the answers.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     keep_memory_flat()
     asyncio.run(serve(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), spec_of(int(sys.argv[4]))))
