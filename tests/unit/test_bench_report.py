@@ -41,9 +41,7 @@ def test_json_has_no_number_where_there_is_none() -> None:
 
 
 def test_a_page_gets_its_tables_between_the_markers_and_keeps_the_rest() -> None:
-    page = (
-        "# Title\n<!-- bench:rounds: begin; measured, not written by hand -->old<!-- bench:rounds: end -->\nrest\n"
-    )
+    page = "# Title\n<!-- bench:rounds: begin; measured, not written by hand -->old<!-- bench:rounds: end -->\nrest\n"
     written = with_tables(page, {"rounds": markdown_of(report(FASTER, FLAT), "rounds")})
     assert "| round | 90 x | 80 to 100 | at least 50 | at least 80 | goal |" in written
     assert "| memory | 120 KB |  | at most 100 | at most 80 | below |" in written
