@@ -45,7 +45,8 @@ class MicroBatch:
     def fit(self, work: Callable[[int], Result], *, batch_size: int, doing: str, device: str) -> tuple[Result, int]:
         """What `work(size)` gives, and the size, a divisor of `batch_size`, at which it fitted. Raises OutOfMemory.
 
-        `work` may be begun several times and must start from the beginning each time.
+        `doing` names the rank too, as in "training at LoRA rank 8". `work` may be begun several times and must start
+        from the beginning each time.
         """
         size = largest_divisor(batch_size, at_most=self.at_most or batch_size)
         while True:
@@ -112,9 +113,9 @@ def free_memory() -> None:
 
 def _one_is_too_many(doing: str, device: str) -> str:
     return (
-        f"{doing} one example at a time does not fit into the memory of {device}{_memory_of(device)}; "
-        'set model.gradient_checkpointing = true, model.quantization = "4bit", '
-        "a smaller data.max_length or a smaller rank; `raflora probe` measures what fits"
+        f"{doing}: even one example at a time does not fit into the memory of {device}{_memory_of(device)}; "
+        'set a smaller rank, model.quantization = "4bit", model.gradient_checkpointing = true or '
+        "a smaller data.max_length; `raflora probe` measures what fits"
     )
 
 

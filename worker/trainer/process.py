@@ -263,7 +263,7 @@ class _Trainer:
         outcome, micro_batch = session.training.fit(
             self._in_step(from_the_slice),
             batch_size=max(1, request.plan.batch_size // self._size),  # train refuses what is below
-            doing="training on",
+            doing=f"training at LoRA rank {request.lora_rank}",
             device=str(session.model.device),
         )
         content = codec.encode(read_adapter(session.model), codec.WireDtype(request.wire_dtype))
@@ -290,7 +290,7 @@ class _Trainer:
         (num_examples, metrics), _ = session.evaluating.fit(
             self._in_step(at_once),
             batch_size=Pace(session.config.batch_size, progress).batch,
-            doing="evaluating",
+            doing=f"evaluating at LoRA rank {request.lora_rank}",
             device=str(session.model.device),
         )
         return Evaluated(num_examples, metrics)
