@@ -4,8 +4,9 @@ What a spec says of a layer is compared with what goes in and comes out of that 
 """
 
 import dataclasses
+import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from tiny_models import random_adapter, same
+from tiny_models import LLAMA_VOCABULARY, PLAN, random_adapter, same, save_bpe, word_problems
 from torch import nn
 
-from common.adapter import Adapter, slice_adapter
-from worker.config import ModelConfig
+from common.adapter import Adapter, initial_adapter, slice_adapter
+from worker.config import DataConfig, ModelConfig
 from worker.peft_format import write_peft_folder
 from worker.trainer.base_model import digest_of_weights
+from worker.trainer.data import load_data
 from worker.trainer.model import AdaptedModel, load_model, read_adapter, write_adapter
 from worker.trainer.task import ModelError
+from worker.trainer.training import train
 from worker.trainer_protocol import ModelOrder
 
 pytestmark = pytest.mark.torch
@@ -92,7 +95,7 @@ FAMILIES = {
     "gpt2": Family(
         "GPT2Config",
         {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 1}
-        | {"eos_token_id": 2},
+        | {"eos_token_id": 2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
         ("c_attn", "mlp.c_proj"),
     ),
     "bert": Family("BertConfig", _ENCODER, ("query", "value"), "sequence-classification", ("classifier",)),
@@ -218,6 +221,35 @@ def export(loaded: Loaded, folder: Path, adapter: Adapter) -> None:
         task=loaded.family.task,
         modules_to_save=loaded.model.modules_to_save,
     )
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "mistral", "qwen2"])
+def test_a_step_through_trl_starts_at_the_models_own_loss_and_lowers_it(name: str, tmp_path: Path) -> None:
+    folder = FAMILIES[name].save(tmp_path, vocab_size=LLAMA_VOCABULARY)
+    save_bpe(folder)
+    rows = [{"prompt": row["question"], "response": row["answer"]} for row in word_problems(2)]
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = load(folder, FAMILIES[name].order("all-linear"))
+    write_adapter(model, initial_adapter(model.spec, 4, seed=5), scaling=1.0)
+    config = DataConfig(train=str(path), test=str(path), max_length=32)
+    preparation = model.task.prepare(folder, model.base, (), config)
+    examples = load_data(config, preparation, seed=1, offline=True).train
+    own = own_loss(model, examples)
+    plan = dataclasses.replace(PLAN, local_steps=1, batch_size=2)
+    how: Any = {"collator": preparation.collator, "memory_batch": 1, "report": lambda *_: None}
+    assert train(model, examples, plan, **how).metrics["train_loss"] == pytest.approx(own, rel=1e-3)
+    assert all(factors.lora_B.any() for factors in read_adapter(model).modules.values()), "every layer has learnt"
+    assert own_loss(model, examples) < own
+
+
+def own_loss(model: AdaptedModel, examples: Sequence[Any]) -> float:
+    """The mean over all tokens that are learnt, text by text, as transformers computes it."""
+    model.live.eval()
+    texts = [{key: torch.tensor([text[key]]) for key in ("input_ids", "labels")} for text in examples]
+    with torch.inference_mode():
+        losses = [float(model.base(**text).loss) for text in texts]
+    return float(np.average(losses, weights=[int((text["labels"] >= 0).sum()) for text in texts]))
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
