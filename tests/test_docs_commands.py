@@ -89,6 +89,8 @@ def test_a_plan_says_where_the_shapes_are_from() -> None:
             beside.is_file() and load_settings(CoordinatorConfig, beside, environ={}).adapter.spec is not None
         )
         assert is_described or "--model" in words, f"{_name(page)}: raflora {shlex.join(words)}"
+        # Its dtype, checkpointing and lengths are half of the memory: without it the plan is for another worker.
+        assert page.name != "README.md" or page.parent == ROOT or "--worker" in words, f"{_name(page)}: --worker"
 
 
 # --- the rules themselves: each can fail
