@@ -133,7 +133,7 @@ class Stack:
         return _Block(spare.lora_A[:rows], lora_B, spare.weights[:rows])
 
 
-_NOISE = 4.0  # measured on updates that cancel: below 1 (tests/unit/test_aggregation_subspace.py)
+_NOISE = 4.0  # updates that cancel leave less than this many roundings (tests/unit/test_aggregation_iterated.py)
 
 
 def _grouped(entries: Sequence[Weighted]) -> list[list[Weighted]]:
