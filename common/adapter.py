@@ -11,6 +11,7 @@ from math import floor, prod
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from common.errors import AdapterMismatch, InvalidRequest, WrongRank
 
@@ -185,18 +186,28 @@ def initial_adapter(spec: AdapterSpec, rank: int, seed: int) -> Adapter:
     Raises WrongRank if a module is too narrow, InvalidRequest if the whole is too large.
     """
     check_rank(spec, rank)
+    # Bits can depend on the number of BLAS threads; and for panels as narrow as these, more of them only wait.
+    with threadpool_limits(limits=1):
+        return Adapter(_initial_factors(spec, rank, seed), _initial_tensors(spec, seed))
+
+
+def _initial_factors(spec: AdapterSpec, rank: int, seed: int) -> dict[str, Factors]:
     modules = {}
     for module in spec.modules:
         gaussian = _generator(seed, module.name).standard_normal((module.in_features, rank))
         orthonormal, triangle = np.linalg.qr(gaussian)
         rows = (orthonormal * np.sign(np.diag(triangle))).T
         modules[module.name] = Factors(rows.astype(np.float32), np.zeros((module.out_features, rank), dtype=np.float32))
+    return modules
+
+
+def _initial_tensors(spec: AdapterSpec, seed: int) -> dict[str, Array]:
     tensors = {}
     for tensor in spec.tensors:
         scale = _SEEDED_TENSOR_STD if len(tensor.shape) > 1 else 0.0
         values = scale * _generator(seed, tensor.name).standard_normal(tensor.shape)
         tensors[tensor.name] = values.astype(np.float32)
-    return Adapter(modules, tensors)
+    return tensors
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
