@@ -69,6 +69,9 @@ CHAT_TEMPLATE = (
 )
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+# Every turn ends in a token that is not the end of sequence, as where a base model is given ChatML's template.
+FOREIGN_END = "<|system|>"  # a special token of this tokenizer that the template uses for nothing else
+FOREIGN_TEMPLATE = CHAT_TEMPLATE.replace("{{ eos_token }}", FOREIGN_END)
 LLAMA_VOCABULARY = 400
 PLAN = Plan(
     learning_rate=1e-2,

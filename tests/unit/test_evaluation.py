@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 from tiny_models import LLAMA_ORDER, PLAN, VIT_ORDER, random_adapter, save_vit, side_images, tiny_llama, word_problems
 from torch import nn
 
@@ -19,7 +20,7 @@ from worker.config import DataConfig, ModelConfig, WorkerConfig
 from worker.trainer import process as trainer
 from worker.trainer.data import DataError, load_data
 from worker.trainer.evaluation import Pace, TestData, WrongMethod, evaluate_by
-from worker.trainer.generation import Prompted, generate, log_likelihoods
+from worker.trainer.generation import Prompted, Writer, generate, log_likelihoods
 from worker.trainer.model import AdaptedModel, load_model, read_adapter, set_dropout, write_adapter
 from worker.trainer.training import train
 from worker.trainer_protocol import (
@@ -67,9 +68,8 @@ class Site:
         """What the model itself says to the prompts."""
         asked: Any = tests.preparation
         prompts = [asked.prompt(row) for row in tests.data.test_rows]
-        return generate(
-            self.model, prompts, tokenizer=asked.tokenizer, max_new_tokens=tokens, batch=1, report=lambda *_: None
-        )
+        writer = Writer(asked.tokenizer, tokens, asked.ends)
+        return generate(self.model, prompts, writer=writer, batch=1, report=lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,7 @@ class _Spying:
         self._preparation = preparation
         self._seen = seen
         self.tokenizer = preparation.tokenizer
+        self.ends = preparation.ends
         self.collator = preparation.collator
         self.response = preparation.response
         self.answer = preparation.answer
@@ -173,10 +174,13 @@ def test_generation_through_the_chat_template_asks_for_the_assistants_turn(site:
     assert (num_examples, metrics["exact_match"]) == (2, 0.0)
 
 
-def test_a_response_without_a_number_says_where_and_what_else_there_is(site: Site) -> None:
+def test_a_response_without_a_number_tells_the_operator_what_to_set_and_the_site_where_it_is(site: Site) -> None:
     tests = site.tests([*problems(1), {"prompt": "what?", "response": "none"}])
-    with pytest.raises(DataError, match=r'line 2: the response holds no number.*evaluation.match = "exact"'):
+    with capture_logs() as logged, pytest.raises(WrongMethod) as told:
         site.measure(EvaluationPlan(GENERATION, 4, LAST_NUMBER), tests)
+    assert 'set evaluation.match = "exact"' in str(told.value)
+    assert str(site.folder) not in str(told.value), "which leaves the site"
+    assert "test.jsonl, line 2" in logged[-1]["where"]
 
 
 def test_more_tokens_than_the_model_has_places_for_are_refused(site: Site) -> None:

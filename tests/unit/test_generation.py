@@ -4,7 +4,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from tiny_models import LLAMA_ORDER, LLAMA_VOCABULARY, random_adapter, save_bpe,
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from worker.config import ModelConfig
-from worker.trainer.generation import Prompted, generate, log_likelihoods
+from worker.trainer.generation import Prompted, Writer, generate, log_likelihoods
 from worker.trainer.model import AdaptedModel, load_model, write_adapter
 from worker.trainer.task import longest_input, tokenizer_in
 
@@ -65,8 +64,11 @@ def greedy(model: AdaptedModel, prompt: Sequence[int], count: int, end: int = 1)
     return tokens[len(prompt) :]
 
 
-def said(model: AdaptedModel, tokenizer: Any, *, batch: int = 2, count: int = 6) -> list[str]:
-    return generate(model, PROMPTS, tokenizer=tokenizer, max_new_tokens=count, batch=batch, report=lambda *_: None)
+def said(
+    model: AdaptedModel, tokenizer: Any, *, batch: int = 2, count: int = 6, ends: Sequence[int] = (1,)
+) -> list[str]:
+    writer = Writer(tokenizer, count, ends)
+    return generate(model, PROMPTS, writer=writer, batch=batch, report=lambda *_: None)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
@@ -78,14 +80,13 @@ def test_each_prompt_gets_the_likeliest_tokens_whatever_is_beside_it(
     assert len(set(expected)) > 1, "the prompts must matter, or nothing is shown"
 
 
-def test_an_answer_ends_at_the_end_of_sequence_of_the_tokenizer_or_the_checkpoint(
+def test_an_answer_ends_where_training_ends_it_or_the_checkpoint(
     model: AdaptedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = greedy(model, PROMPTS[0], 6)
     end = next(token for token in whole[1:] if token != whole[0])
     cut = tokenizer.decode(whole[: whole.index(end)], skip_special_tokens=True)
-    ends_there = SimpleNamespace(eos_token_id=end, pad_token_id=tokenizer.pad_token_id, decode=tokenizer.decode)
-    assert said(model, ends_there)[0] == cut
+    assert said(model, tokenizer, ends=(1, end))[0] == cut
     monkeypatch.setattr(model.base.generation_config, "eos_token_id", [1, end])
     assert said(model, tokenizer)[0] == cut
 
@@ -104,7 +105,7 @@ def test_what_the_checkpoint_says_of_sampling_and_penalties_counts_for_nothing(
 def test_of_a_prompt_that_leaves_no_room_the_end_counts(model: AdaptedModel, tokenizer: Any) -> None:
     long = [0, *range(60, 160)]
     assert longest_input(model.base) == 64
-    (text,) = generate(model, [long], tokenizer=tokenizer, max_new_tokens=4, batch=1, report=lambda *_: None)
+    (text,) = generate(model, [long], writer=Writer(tokenizer, 4, (1,)), batch=1, report=lambda *_: None)
     assert text == tokenizer.decode(greedy(model, long[-60:], 4), skip_special_tokens=True)
 
 
@@ -122,7 +123,7 @@ def test_every_token_is_heard_and_what_is_raised_ends_it(model: AdaptedModel, to
     model.live.train()
     settings = model.base.generation_config
     with pytest.raises(Enough):
-        generate(model, PROMPTS, tokenizer=tokenizer, max_new_tokens=6, batch=4, report=report)
+        generate(model, PROMPTS, writer=Writer(tokenizer, 6, (1,)), batch=4, report=report)
     assert heard == [(0, 1)] * 3, "in the midst of the first batch"
     assert model.base.generation_config is settings
     assert all(module.training for module in model.live.modules())
@@ -134,8 +135,7 @@ def test_a_batch_is_reported_when_it_is_done(model: AdaptedModel, tokenizer: Any
     generate(
         model,
         PROMPTS,
-        tokenizer=tokenizer,
-        max_new_tokens=2,
+        writer=Writer(tokenizer, 2, (1,)),
         batch=3,
         report=lambda done, total, _: heard.append((done, total)),
     )

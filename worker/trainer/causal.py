@@ -30,7 +30,7 @@ from worker.trainer.conversations import (
 from worker.trainer.data import DataError, Example, Prepared, Row
 from worker.trainer.language_trainer import NOT_LEARNT, LanguageCollator, LanguageTrainer, as_dataset, fused_head
 from worker.trainer.modes import asked
-from worker.trainer.task import ModelError, Preparation, longest_input, tokenizer_in
+from worker.trainer.task import ModelError, Preparation, longest_input, pad_by_end, tokenizer_in
 from worker.trainer.tokens import Tokens
 
 log = structlog.get_logger()
@@ -55,12 +55,7 @@ class CausalLanguageModel:
                 f"{folder}: the tokenizer has no end-of-sequence token, so no model would learn where an answer ends; "
                 "name the base model's in tokenizer_config.json (eos_token)"
             )
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = (
-                tokenizer.eos_token
-            )  # behind the text, where nothing looks at it and nothing is learnt
-        if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
+        pad_by_end(tokenizer, model.config)  # behind the text, where nothing looks at it and nothing is learnt
         _check_model(model, config)
         most = min(config.max_length, tokenizer.model_max_length, longest_input(model))
         return LanguagePreparation(Tokens(tokenizer, folder), config, _Limits(most, _num_embeddings(model)))
@@ -83,6 +78,7 @@ class LanguagePreparation:
 
     def __init__(self, tokens: Tokens, config: DataConfig, limits: _Limits) -> None:
         self.tokenizer = tokens.tokenizer
+        self.ends = tokens.ends
         self.collator = LanguageCollator(tokens.tokenizer)
         self._tokens = tokens
         self._config = config

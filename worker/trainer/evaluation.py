@@ -10,13 +10,14 @@ from itertools import accumulate, pairwise
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import structlog
 from torch.utils.data import Subset
 
 from common.errors import InvalidRequest, RafloraError
 from worker.config import DataConfig
 from worker.trainer.answers import choices_of, substance
 from worker.trainer.data import DataError, LocalData, Row
-from worker.trainer.generation import Prompted, generate, log_likelihoods
+from worker.trainer.generation import Prompted, Writer, generate, log_likelihoods
 from worker.trainer.group import ALONE, Group
 from worker.trainer.group_training import share_of
 from worker.trainer.model import AdaptedModel
@@ -24,13 +25,15 @@ from worker.trainer.task import Preparation, longest_input
 from worker.trainer.training import Diverged, Report, evaluate
 from worker.trainer_protocol import CHOICE, GENERATION, LOSS, EvaluationPlan
 
+log = structlog.get_logger()
+
 _BATCH = 16  # texts at once where the site names no batch_size
 
 Item = TypeVar("Item")
 
 
 class WrongMethod(RafloraError):
-    """This kind of task cannot be evaluated in this way, or this model not at this length."""
+    """This kind of task, this model or these answers cannot be evaluated in this way; the message holds no data."""
 
     code = "FAILED_PRECONDITION"
     reason = "wrong_method"
@@ -41,6 +44,11 @@ class Answering(Protocol):
     """What the preparation of a language model can do besides: tell a record's question from its answer."""
 
     tokenizer: Any
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """The tokens that end an answer, as training teaches it."""
+        ...
 
     def prompt(self, row: Row) -> Sequence[int]:
         """The tokens before the answer, as in training. Raises DataError."""
@@ -144,16 +152,17 @@ def _by_generation(work: _Work, answering: Answering, rows: Sequence[Row]) -> di
     expected = [substance(plan.match, answering.response(row)) for row in mine]
     for row, number in zip(mine, expected, strict=True):
         if number is None:
-            raise DataError(
-                f"{row.where}: the response holds no number, but evaluation.match = {plan.match!r} compares numbers; "
-                'evaluation.match = "exact" compares texts'
+            # The operator's setting is at fault, so the operator is told, but not which record of the site's shows it.
+            log.warning("a response without a number", where=row.where, match=plan.match)
+            raise WrongMethod(
+                f"evaluation.match = {plan.match!r} compares numbers, but a response of this site's test data holds "
+                'none; set evaluation.match = "exact", which compares texts'
             )
     metrics = work.losses()
     said = generate(
         work.model,
         [answering.prompt(row) for row in mine],
-        tokenizer=answering.tokenizer,
-        max_new_tokens=plan.max_new_tokens,
+        writer=Writer(answering.tokenizer, plan.max_new_tokens, answering.ends),
         batch=work.pace.batch,
         report=work.pace.report,
     )

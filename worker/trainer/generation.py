@@ -4,7 +4,7 @@ The model is in evaluation mode meanwhile and as it was afterwards; nothing rand
 next does not depend on it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,15 @@ Tokens = Sequence[int]
 
 
 @dataclass(frozen=True)
+class Writer:
+    """How tokens become an answer, and when it is over."""
+
+    tokenizer: Any
+    max_new_tokens: int
+    ends: Collection[int]  # tokens that end an answer, as training teaches it; the checkpoint may name more
+
+
+@dataclass(frozen=True)
 class Prompted:
     """A prompt and an answer to it that is given."""
 
@@ -30,14 +39,15 @@ class Prompted:
 
 
 def generate(
-    model: AdaptedModel, prompts: Sequence[Tokens], *, tokenizer: Any, max_new_tokens: int, batch: int, report: Report
+    model: AdaptedModel, prompts: Sequence[Tokens], *, writer: Writer, batch: int, report: Report
 ) -> list[str]:
-    """The likeliest next tokens after each prompt, one by one, to the end of sequence or `max_new_tokens`, as text.
+    """The likeliest next tokens after each prompt, one by one, to an end or `max_new_tokens`, as text.
 
     Of a prompt that leaves no room for the answer the last tokens are taken. `report` is called after every token,
     and what it raises ends the work.
     """
-    ends = _end_tokens(model, tokenizer)
+    tokenizer, max_new_tokens = writer.tokenizer, writer.max_new_tokens
+    ends = _end_tokens(model, writer)
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens,
@@ -109,11 +119,11 @@ def _general_settings(base: Any) -> Iterator[None]:
         base.generation_config = own
 
 
-def _end_tokens(model: AdaptedModel, tokenizer: Any) -> list[int]:
-    """What ends an answer: the tokenizer's end of sequence and those that the checkpoint names besides."""
+def _end_tokens(model: AdaptedModel, writer: Writer) -> list[int]:
+    """What ends an answer: what training ends it with, and what the checkpoint names besides."""
     named = getattr(model.base.generation_config, "eos_token_id", None)
     named = named if isinstance(named, list) else [named]
-    return sorted({token for token in (tokenizer.eos_token_id, *named) if token is not None})
+    return sorted({token for token in (*writer.ends, *named) if token is not None})
 
 
 def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:

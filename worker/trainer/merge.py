@@ -17,10 +17,11 @@ from common.errors import AdapterMismatch
 from worker.config import ModelConfig
 from worker.peft_format import read_peft_folder
 from worker.trainer.base_model import digest_of_weights, from_checkpoint, not_under, resolve_folder
-from worker.trainer.task import ModelError
+from worker.trainer.chat_templates import answer_ends
+from worker.trainer.task import ModelError, pad_by_end, tokenizer_in
 
 MAX_SHARD_SIZE = "5GB"  # what hubs and file systems take without complaint
-_CONFIG = "config.json"
+_CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 # What lies beside weights and is neither weights nor code: tokenizer, processor, chat template, generation settings.
 _COPIED = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -64,10 +65,12 @@ def merge(order: MergeOrder, into: Path) -> str:
         raise ModelError(
             f"{order.model.path}: the sum is not finite in {base.dtype}: {error}; use --dtype float32"
         ) from None
+    _complete(merged, folder)
     merged.save_pretrained(into, max_shard_size=MAX_SHARD_SIZE)
     for weights in into.glob("*.safetensors"):  # which are written for their owner's eyes alone
         weights.chmod((into / _CONFIG).stat().st_mode)
     _copy_companions(folder, into)
+    _let_pad(into)
     return str(merged.dtype).removeprefix("torch.")
 
 
@@ -125,6 +128,34 @@ def _check_taken(live: PeftModel, adapter: Path) -> None:
             f"{adapter}: PEFT adapted {more[:_SHOWN] or 'no'} layers beside those of the federation and left out "
             f"{missing[:_SHOWN] or 'none'}; does this version of transformers name layers as the workers' did?"
         )
+
+
+def _complete(merged: Any, folder: Path) -> None:
+    """Puts into the model's settings what training did without them: which tokens end an answer, and which one pads."""
+    try:
+        tokenizer = tokenizer_in(folder)
+    except ModelError:
+        return  # images need none, and who has one elsewhere uses that one's
+    if merged.can_generate():
+        own = merged.generation_config.eos_token_id
+        ends = [own] if isinstance(own, int) else list(own or [])
+        if missing := [token for token in answer_ends(tokenizer) if token not in ends]:
+            merged.generation_config.eos_token_id = [*ends, *missing]
+    elif tokenizer.eos_token is not None:
+        pad_by_end(tokenizer, merged.config)
+
+
+def _let_pad(into: Path) -> None:
+    """Names the padding token of training in the copied tokenizer; without one it refuses two texts at once."""
+    try:
+        tokenizer = tokenizer_in(into)
+    except ModelError:
+        return
+    if tokenizer.pad_token is not None or tokenizer.eos_token is None:
+        return
+    path = into / _TOKENIZER_CONFIG
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps({**settings, "pad_token": tokenizer.eos_token}, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_companions(folder: Path, into: Path) -> None:

@@ -74,6 +74,14 @@ def longest_input(model: Any) -> int:
     return most
 
 
+def pad_by_end(tokenizer: Any, config: Any) -> None:
+    """A tokenizer without a padding token pads with its end of sequence, and the model's configuration says so."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
 def tokenizer_in(folder: Path) -> Any:
     """The tokenizer that lies in a folder. Raises ModelError if it cannot be loaded or knows no words."""
     advice = f"put the tokenizer of the base model (tokenizer.json, tokenizer_config.json) into {folder}"

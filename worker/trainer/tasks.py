@@ -25,7 +25,7 @@ from common.errors import InvalidRequest
 from worker.config import DataConfig
 from worker.trainer.data import ClassName, DataError, Example, ExamplesOnAccess, Prepared, Row
 from worker.trainer.features import FeatureClassifier, collate_features
-from worker.trainer.task import Collator, ModelError, Preparation, Task, longest_input, tokenizer_in
+from worker.trainer.task import Collator, ModelError, Preparation, Task, longest_input, pad_by_end, tokenizer_in
 from worker.trainer.trainers import ExactTrainer
 
 GREY_LEVELS = 255
@@ -72,10 +72,7 @@ class SequenceClassification(_Classification):
     def prepare(self, folder: Path, model: Any, labels: Sequence[str], config: DataConfig) -> Preparation:
         """Loads the tokenizer; a model without a padding token pads with its end-of-sequence token."""
         tokenizer = tokenizer_in(folder)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
+        pad_by_end(tokenizer, model.config)
         return _Texts(tokenizer, longest_input(model), LabelColumn(config.label_column, labels), config)
 
 

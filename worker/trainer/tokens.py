@@ -3,7 +3,6 @@
 The same record gives the same tokens on every day and every machine. Nothing is cut off here.
 """
 
-import datetime
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import structlog
 from jinja2 import TemplateError
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from worker.trainer.chat_templates import REFUSALS, answer_ends, on_that_day
 from worker.trainer.conversations import (
     ASSISTANT,
     Conversation,
@@ -30,15 +30,6 @@ from worker.trainer.task import ModelError
 
 log = structlog.get_logger()
 
-# Templates that print today's date would make another example of the same record every day.
-_TODAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)  # the one that Llama 3's own template falls back to
-_TODAYS = "".join(
-    f"|replace('{code}', '{_TODAY.strftime(code)}')"
-    for code in ("%d", "%-d", "%b", "%B", "%Y", "%y", "%m", "%a", "%A", "%H", "%I", "%M", "%S", "%p")
-)
-_CLOCK = "strftime_now"  # what transformers offers to templates; it takes no function instead of it
-_STOPPED_CLOCK = f"{{% macro {_CLOCK}(format) %}}{{{{ format{_TODAYS} }}}}{{% endmacro %}}"
-
 
 class Tokens:
     """Text as tokens, and which of them are to be learnt."""
@@ -47,9 +38,7 @@ class Tokens:
         self.tokenizer = tokenizer
         self._folder = folder
         self._variant: str | None = None  # not looked for yet
-        self._endings = {tokenizer.eos_token_id, *tokenizer.all_special_ids} | {
-            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
+        self.ends = answer_ends(tokenizer)  # what an answer of this model is taught to end with, among them one
 
     def of_record(self, record: Record, where: str) -> tuple[list[int], list[int]]:
         """Token ids and labels of one length; nothing comes before the first, so it is never learnt."""
@@ -96,7 +85,7 @@ class Tokens:
             ids, learnt = self._compared(conversation, where)
         # A line break after the end of a turn, which some templates mark as the assistant's, is none of its words.
         last = max(n for n, is_learnt in enumerate(learnt) if is_learnt and self.tokenizer.decode(ids[n]).strip())
-        if conversation.messages[-1].role == ASSISTANT and ids[last] not in self._endings:
+        if conversation.messages[-1].role == ASSISTANT and ids[last] not in self.ends:
             # This template ends a turn with no token that says so: without one an answer would never end.
             ids, learnt = [*ids[: last + 1], self._end], [*learnt[: last + 1], True]
         labels = [token if is_learnt else NOT_LEARNT for token, is_learnt in zip(ids, learnt, strict=True)]
@@ -107,7 +96,7 @@ class Tokens:
         with _refusals(where):
             found = self.tokenizer.apply_chat_template(
                 [asdict(message) for message in conversation.messages],
-                **_on_that_day(template),
+                **on_that_day(template),
                 tokenize=True,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
@@ -177,7 +166,7 @@ class _Template:
         with _refusals(self.where):
             text = self.tokenizer.apply_chat_template(
                 [asdict(message) for message in messages],
-                **_on_that_day(self.text),
+                **on_that_day(self.text),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -188,11 +177,5 @@ class _Template:
 def _refusals(where: str) -> Iterator[None]:
     try:
         yield
-    except (TemplateError, TypeError, ValueError) as error:
+    except REFUSALS as error:
         raise DataError(f"{where}: the chat template refuses these messages: {error}") from None
-
-
-def _on_that_day(template: str) -> dict[str, str]:
-    """The template, with a clock that stands still if it looks at one."""
-    pinned = _STOPPED_CLOCK + template if _CLOCK in template else template
-    return {"chat_template": pinned, "date_string": _TODAY.strftime("%d %b %Y")}
