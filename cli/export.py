@@ -4,6 +4,7 @@ Only --merged needs torch. What is asked of the coordinator is what any observer
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -21,11 +22,12 @@ from cli.errors import Failed
 from cli.export_card import CARD_FILE, Edition, card_of
 from cli.export_folder import files_in, free_folder, staged
 from cli.export_hub import check_can_push, push
-from cli.export_loading import FEATURES, Place, loading_lines
+from cli.export_loading import FEATURES, Place, loading_lines, unknown_base
 from cli.export_origin import Origin, origin_of, read_origin, write_origin
 from cli.export_report import Made, Use, as_json, lines_of
 from cli.export_vllm import (
     ACCEPTED_RANKS,
+    Server,
     accepted_rank,
     check_served,
     pad_adapter,
@@ -40,7 +42,7 @@ from common.adapter import Adapter, Factors
 from common.errors import AdapterMismatch, ConfigError, WrongRank
 from common.version import software_version
 from worker.config import ModelConfig
-from worker.peft_format import WEIGHTS_FILE, read_peft_folder, write_peft_folder
+from worker.peft_format import WEIGHTS_FILE, public_name, read_peft_folder, write_peft_folder
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _READ_BYTES = 1 << 20
@@ -67,10 +69,10 @@ class Form:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Base:
-    """The base model, for --merged."""
+    """The base model: a name to load it by, and how it is loaded for --merged."""
 
     model: str | None = None
-    """A local folder or a hub id: the very model that the federation trained on."""
+    """A local folder or a hub id: the very model that the federation trained on, as FOLDER is to name it (no paths)."""
     revision: str | None = None
     """A hub commit of it."""
     dtype: Dtype = "auto"
@@ -125,8 +127,11 @@ async def export(
     else:
         published = await _from_coordinator(connection, form, best=best, beside=folder)
     _check_form(form, published.origin)
+    if base.model is not None:
+        published = replace(published, origin=replace(published.origin, base_model=public_name(base.model)))
     with staged(folder) as staging:
-        edition = _write(staging, published, form, base, Place(hub.push_to or folder.name, "", form.merged))
+        place = Place(hub.push_to or folder.name, published.origin.base_model, form.merged)
+        edition = _write(staging, published, form, base, place)
         write_origin(staging, published.origin)
         (staging / CARD_FILE).write_text(card_of(published.origin, edition), encoding="utf-8")
         files = files_in(staging)
@@ -146,8 +151,6 @@ def _check_flags(form: Form, *, best: bool, from_: Path | None, base: Base, hub:
         raise ConfigError("--best asks the coordinator, and --from asks none; leave one out")
     if form.merged and base.model is None:
         raise ConfigError("--merged needs --model BASE, the folder or hub id of the base model")
-    if base.model is not None and not (form.merged or form.for_):
-        raise ConfigError("--model is for --merged, or for the command that --for prints; leave it out")
     if form.merged and form.pad_to:
         raise ConfigError("--pad-to is for adapters; a merged model has no rank to pad")
     if not form.merged and (base.revision or base.offline or base.dtype != "auto"):
@@ -217,7 +220,6 @@ def _first(adapter: Adapter, rank: int) -> Adapter:
 def _write(staging: Path, published: Published, form: Form, base: Base, place: Place) -> Edition:
     """Fills the folder with weights."""
     origin, adapter = published.origin, published.adapter
-    place = replace(place, base_model=origin.base_model)
     written_rank = form.pad_to or (accepted_rank(adapter.rank) if form.for_ and not form.merged else adapter.rank)
     peft = staging / "adapter-to-merge" if form.merged else staging
     try:
@@ -241,7 +243,19 @@ def _write(staging: Path, published: Published, form: Form, base: Base, place: P
         dtype=dtype,
         exported_with=software_version(),
         made=datetime.now(UTC).date(),
+        answer_ends=_answer_ends(origin, base),
     )
+
+
+def _answer_ends(origin: Origin, base: Base) -> Mapping[str, int]:
+    """The tokens that end an answer, where the base model's tokenizer is at hand; nothing is downloaded for it."""
+    if origin.task != "causal-lm" or base.model is None or find_spec("torch") is None or find_spec("peft") is None:
+        return {}
+    from worker.trainer.chat_templates import named_answer_ends  # noqa: PLC0415 - torch takes seconds
+    from worker.trainer.quiet import silence_libraries  # noqa: PLC0415
+
+    silence_libraries()
+    return named_answer_ends(ModelConfig(path=base.model, revision=base.revision, offline=True))
 
 
 def _merge(peft: Path, into: Path, origin: Origin, base: Base) -> str:
@@ -274,12 +288,13 @@ def _use(folder: Path, origin: Origin, edition: Edition, form: Form, base: Base)
     """How the folder is loaded and served."""
     here = replace(edition.place, where=str(folder), base_model=base.model or origin.base_model)
     load = tuple(loading_lines(origin, here))
+    unknown = () if form.merged else tuple(unknown_base(here.base_model))
     if form.for_ != "vllm":
-        return Use(load)
+        return Use(load, warnings=unknown)
     if form.merged:
         return Use(load, tuple(serve_merged_lines(str(folder))))
-    serve = serve_lines(folder.name, plain(here.base_model), str(folder), edition.written_rank)
-    return Use(load, tuple(serve), tuple(warnings_for(origin)))
+    server = Server(plain(here.base_model), edition.written_rank, tuple(edition.answer_ends.values()))
+    return Use(load, tuple(serve_lines(folder.name, str(folder), server)), (*unknown, *warnings_for(origin)))
 
 
 def _digest_of_file(path: Path) -> str:

@@ -6,7 +6,7 @@ What sites and operators wrote is escaped; sites are named only if the record na
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 
 from cli.evaluation_screen import value_of
@@ -37,6 +37,7 @@ class Edition:
     dtype: str  # of the weights in the files
     exported_with: str  # our version
     made: date
+    answer_ends: Mapping[str, int] = field(default_factory=dict)  # tokens by their texts; empty: not known here
 
 
 def card_of(origin: Origin, edition: Edition) -> str:
@@ -121,6 +122,7 @@ def _facts(origin: Origin, edition: Edition) -> Iterator[str]:
         "factor before lora\\_B lora\\_A": "" if edition.place.merged else repr(edition.scaling),
         "adapted layers": _layers_of(origin.modules),
         "trained whole": _listed(origin.modules_to_save),
+        "an answer ends with": _ends_of(edition),
         "numbers": escaped(edition.dtype),
         "manifest": _digest(origin.manifest_digest),
         "global adapter": _digest(origin.adapter_digest),
@@ -193,6 +195,20 @@ def _rank_of(edition: Edition) -> str:
     if edition.written_rank != edition.rank:
         return f"{edition.written_rank}: {edition.rank} and zeros"
     return str(edition.rank)
+
+
+def _ends_of(edition: Edition) -> str:
+    """The tokens, and where somebody must be told of them."""
+    if not edition.answer_ends:
+        return ""
+    named = ", ".join(f"{escaped(text)} ({number})" for text, number in edition.answer_ends.items())
+    told = "generation\\_config.json says so" if edition.place.merged else _told_ends(edition.answer_ends.values())
+    return f"{named}; {told}"
+
+
+def _told_ends(numbers: Iterable[int]) -> str:
+    ends = list(numbers)
+    return f'tell `generate(eos_token_id={ends})`, or vLLM with `"stop_token_ids": {ends}`'
 
 
 def _layers_of(modules: Iterable[str]) -> str:

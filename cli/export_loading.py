@@ -1,10 +1,15 @@
 """The lines of Python that load what was exported, for every task. Pure text; nothing is loaded here."""
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from cli.export_origin import Origin
 from cli.words import plain
 
+_OF_SOMEBODY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # as nearly every model of the hub is called
+_TEXTS = "sequence-classification"
 FEATURES = "feature-classification"
 _AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -25,6 +30,15 @@ class Place:
     where: str  # a folder or a hub id
     base_model: str  # a folder or a hub id; of no interest to a merged model
     merged: bool
+
+
+def unknown_base(name: str) -> Iterator[str]:
+    """A warning if the lines that are printed will hardly find the base model by this name."""
+    if not _OF_SOMEBODY.fullmatch(name) and not Path(name).expanduser().is_dir():
+        yield (
+            f"warning: the base model is called {plain(name)!r}, which is neither a folder here nor a USER/NAME of the "
+            "hub; name it with --model, and the lines above, the model card and adapter_config.json will say so"
+        )
 
 
 def loading_lines(origin: Origin, place: Place) -> list[str]:
@@ -65,6 +79,13 @@ def _adapter_lines(origin: Origin, place: Place) -> list[str]:
     if origin.task in _PROCESSORS:
         name, processor = _PROCESSORS[origin.task]
         lines.append(f"{name} = {processor}.from_pretrained({base})")
+    if origin.task == _TEXTS:
+        # As in training: a base that was made to write, not to tell classes apart, has no padding token.
+        lines += [
+            "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token",
+            "pad = getattr(base.config, 'pad_token_id', None)",
+            "base.config.pad_token_id = tokenizer.pad_token_id if pad is None else pad",
+        ]
     if origin.labels:
         lines.append(f"labels = {[plain(label) for label in origin.labels]!r}")
     return lines

@@ -6,6 +6,7 @@ refuses.
 
 import json
 import re
+from dataclasses import dataclass
 from shlex import quote
 
 import numpy as np
@@ -81,12 +82,23 @@ def warnings_for(origin: Origin) -> list[str]:
     ]
 
 
-def serve_lines(name: str, base_model: str, folder: str, rank: int) -> list[str]:
+@dataclass(frozen=True)
+class Server:
+    """What vLLM must know besides the adapter."""
+
+    base_model: str  # a folder or a hub id
+    rank: int  # of the adapter's tensors
+    answer_ends: tuple[int, ...] = ()  # tokens; of a merged model vLLM reads them itself
+
+
+def serve_lines(name: str, folder: str, server: Server) -> list[str]:
     """The command that serves base model and adapter, and a request to it."""
     model = served_name(name)
-    request = json.dumps({"model": model, "prompt": _PROMPT, "max_tokens": 32})
+    # Without them vLLM goes by the base model's own settings, which know nothing of how this adapter ends an answer.
+    stops = {"stop_token_ids": list(server.answer_ends)} if server.answer_ends else {}
+    request = json.dumps({"model": model, "prompt": _PROMPT, "max_tokens": 32, **stops})
     return [
-        f"vllm serve {quote(base_model)} --enable-lora --max-lora-rank {rank} "
+        f"vllm serve {quote(server.base_model)} --enable-lora --max-lora-rank {server.rank} "
         f"--lora-modules {quote(f'{model}={folder}')}",
         f"curl http://localhost:8000/v1/completions -H 'Content-Type: application/json' -d {quote(request)}",
     ]

@@ -13,9 +13,12 @@ from raflora.v1 import status_pb2
 from tiny_models import (
     BERT_ORDER,
     LLAMA_ORDER,
+    LLAMA_VOCABULARY,
+    MOODS,
     VIT_ORDER,
     random_adapter,
     save_bert,
+    save_bpe,
     save_vit,
     tiny_llama,
 )
@@ -23,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from common.adapter import Adapter, Factors
 from common.codec import digest_of, encode
-from worker.config import ModelConfig
+from worker.config import DataConfig, ModelConfig
 from worker.trainer.model import AdaptedModel, load_model, write_adapter
 from worker.trainer_protocol import ModelOrder
 
@@ -35,7 +38,17 @@ GPT2_ORDER = ModelOrder(
     lora_rank=4,
     seed=1,
 )
+GPT2_CLASSIFIER_ORDER = ModelOrder(
+    task="sequence-classification",
+    labels=MOODS,
+    target_modules=("c_attn",),
+    modules_to_save=("score",),
+    lora_rank=4,
+    seed=1,
+)
 RANK = 4
+# The second is shorter: of a batch the model must know which tokens are none.
+TWO_TEXTS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 1, 1]])
 TOKENS = torch.tensor([[3, 4, 5, 6, 7]])
 PIXELS = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
 
@@ -47,6 +60,17 @@ def save_gpt2(folder: Path) -> Path:
         vocab_size=16, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1, pad_token_id=1
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def save_gpt2_classifier(folder: Path) -> Path:
+    """A GPT-2 made to write, without a padding token in its settings or its tokenizer, as the hub has it."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=LLAMA_VOCABULARY, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    save_bpe(folder, chat_template=False, pad_token=False)
     return folder
 
 
@@ -68,6 +92,7 @@ KINDS = {
         Kind("bert", save_bert, BERT_ORDER, 0.3, {"input_ids": TOKENS}),
         Kind("vit", save_vit, VIT_ORDER, 3 / RANK, {"pixel_values": PIXELS}),
         Kind("llama", tiny_llama, LLAMA_ORDER, 1 / RANK**0.5, {"input_ids": TOKENS}),
+        Kind("gpt2-classifier", save_gpt2_classifier, GPT2_CLASSIFIER_ORDER, 0.5, {"input_ids": TWO_TEXTS}),
         Kind("gpt2", save_gpt2, GPT2_ORDER, 0.25, {"input_ids": TOKENS}),
     )
 }
@@ -100,6 +125,8 @@ def trained(kind: Kind, around: Path) -> Trained:
     """Saves the base model into `around` and draws an adapter that changes what it says."""
     base = kind.save(around / kind.name)
     model = load_model(ModelConfig(path=str(base), device="cpu"), kind.order)
+    if kind.order.task == "sequence-classification":  # which gives a model for writing a padding token
+        model.task.prepare(base, model.base, model.labels, DataConfig())
     adapter = random_adapter(model.spec, RANK)
     return Trained(kind, base, model, adapter, canned_of(kind, base.name, model, adapter))
 

@@ -33,6 +33,7 @@ for job in asked["jobs"]:
             "logits": output.logits.float().tolist(),
             "labels": list(model.config.id2label.values()),  # type: ignore[attr-defined]
             "processor": type(processor).__name__,
+            "padding": getattr(processor, "pad_token", None),
             "chat_template": bool(getattr(processor, "chat_template", None)),
         }
     )

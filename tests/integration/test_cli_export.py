@@ -99,7 +99,38 @@ def test_a_script_gets_the_command_that_serves(
     told = json.loads(capsys.readouterr().out)
     assert (told["rank"], told["written_rank"]) == (4, 8)
     assert told["serve"][0].startswith("vllm serve tiny-vit --enable-lora --max-lora-rank 8")
-    assert "query, value are adapted" in told["warnings"][0]
+    unknown, layers = told["warnings"]
+    assert "'tiny-vit', which is neither a folder here nor a USER/NAME of the hub; name it with --model" in unknown
+    assert "query, value are adapted" in layers
+
+
+def test_the_name_that_is_given_for_the_base_stands_everywhere(
+    canned: Canned, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, again = tmp_path / "adapter", tmp_path / "again"
+    with serving(canned) as address:
+        assert export(folder, address, "--model", "org/vit") == 0
+    assert "warning" not in capsys.readouterr().out
+    assert main(["export", str(again), "--from", str(folder)]) == 0
+    for made in (folder, again):
+        assert json.loads((made / CONFIG_FILE).read_text())["base_model_name_or_path"] == "org/vit"
+        assert json.loads((made / "raflora.json").read_text())["base_model"] == "org/vit"
+        card = (made / "README.md").read_text()
+        assert 'base_model: "org/vit"' in card
+        assert "tiny-vit" not in card
+
+
+def test_a_folder_of_the_base_stands_in_the_printed_lines_alone(
+    canned: Canned, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, folder = tmp_path / "models" / "vit", tmp_path / "adapter"
+    base.mkdir(parents=True)
+    with serving(canned) as address:
+        assert export(folder, address, "--model", str(base)) == 0
+    assert f"from_pretrained('{base}'" in capsys.readouterr().out
+    assert json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"] == "vit"
+    for name in (CONFIG_FILE, "README.md", "raflora.json"):
+        assert str(tmp_path) not in (folder / name).read_text()
 
 
 def test_a_coordinator_that_knows_no_best_adapter_is_noticed(
@@ -116,7 +147,6 @@ def test_a_coordinator_that_knows_no_best_adapter_is_noticed(
     [
         (("--best", "--from", "x"), "--best asks the coordinator, and --from asks none"),
         (("--merged",), "--merged needs --model BASE"),
-        (("--model", "x"), "--model is for --merged"),
         (("--merged", "--model", "x", "--pad-to", "8"), "--pad-to is for adapters"),
         (("--dtype", "float16"), "they go with --merged"),
         (("--offline",), "they go with --merged"),

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from canned_coordinator import serving
-from exporting import KINDS, RANK, Trained, first, printed_lines, trained
+from exporting import KINDS, RANK, TWO_TEXTS, Trained, first, printed_lines, trained
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from tiny_models import EOS, MOODS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cli.main import main
@@ -98,7 +99,7 @@ def elsewhere(around: Path, models: dict[str, Trained], told: dict[Case, str]) -
         capture_output=True,
         text=True,
         check=False,
-        timeout=110,
+        timeout=300,
         cwd=around,
         env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
@@ -134,7 +135,7 @@ def test_a_merged_cut_is_the_base_plus_the_truncated_product(name: str, made: Ma
     for module, factors in first(model.adapter, CUT).modules.items():
         update = model.kind.scaling * factors.lora_B @ factors.lora_A
         before, after = (each.get_submodule(module).weight.detach().numpy() for each in (base, merged))
-        lies_across = name == "gpt2"  # Conv1D
+        lies_across = name.startswith("gpt2")  # Conv1D
         np.testing.assert_allclose(after, before + (update.T if lies_across else update), rtol=1e-5, atol=1e-6)
 
 
@@ -143,10 +144,16 @@ def labelled(model: Trained) -> dict[str, Any]:
     return {"num_labels": len(labels), "local_files_only": True} if labels else {"local_files_only": True}
 
 
-@pytest.mark.parametrize("name", ["bert", "vit"])
+@pytest.mark.parametrize("name", ["bert", "vit", "gpt2-classifier"])
 @pytest.mark.parametrize("form", ["merged", "merged-cut"])
 def test_a_merged_classifier_knows_its_classes(name: str, form: str, made: Made) -> None:
     assert made.answers[name, form]["labels"] == list(KINDS[name].order.labels)
+
+
+@pytest.mark.parametrize("form", FLAGS)
+def test_a_classifier_that_was_made_to_write_pads_as_in_training(form: str, made: Made) -> None:
+    assert made.answers["gpt2-classifier", form]["padding"] == EOS
+    assert np.shape(made.answers["gpt2-classifier", form]["logits"]) == (len(TWO_TEXTS), len(MOODS))
 
 
 def test_tokenizer_processor_and_chat_template_come_along(made: Made) -> None:

@@ -15,6 +15,7 @@ from cli.export_loading import Place, loading_lines
 from cli.export_origin import Origin, read_origin, write_origin
 from cli.export_vllm import (
     ACCEPTED_RANKS,
+    Server,
     accepted_rank,
     check_served,
     pad_adapter,
@@ -105,12 +106,13 @@ def test_layers_that_vllm_may_not_take_are_named() -> None:
 
 
 def test_the_commands_survive_a_shell() -> None:
-    serve, request = serve_lines("it's mine", "org/base model", "/tmp/a b", 16)
+    serve, request = serve_lines("it's mine", "/tmp/a b", Server("org/base model", 16, (2, 7)))
     assert shlex.split(serve) == [
         *("vllm", "serve", "org/base model", "--enable-lora", "--max-lora-rank", "16"),
         *("--lora-modules", "it-s-mine=/tmp/a b"),
     ]
-    assert json.loads(shlex.split(request)[-1])["model"] == "it-s-mine"
+    asked = json.loads(shlex.split(request)[-1])
+    assert (asked["model"], asked["stop_token_ids"]) == ("it-s-mine", [2, 7])
 
 
 @pytest.mark.parametrize(("name", "served"), [("gsm8k", "gsm8k"), ("../x", "x"), ("$(rm)", "rm"), ("...", "adapter")])

@@ -159,3 +159,13 @@ def test_hostile_names_are_text(hostile: str) -> None:
     assert front_matter(card)["library_name"] == "peft"
     code = card.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")  # a name cannot end its quotes
+
+
+def test_the_card_says_what_ends_an_answer_and_who_must_be_told() -> None:
+    ends = {"<|endoftext|>": 0, "<|im_end|>": 7}
+    card = card_of(ORIGIN, replace(EDITION, answer_ends=ends))
+    named = r"\<\|im\_end\|\> (7)"
+    assert f'{named}; tell `generate(eos_token_id=[0, 7])`, or vLLM with `"stop_token_ids": [0, 7]`' in card
+    merged = card_of(ORIGIN, replace(EDITION, answer_ends=ends, place=replace(EDITION.place, merged=True)))
+    assert rf"{named}; generation\_config.json says so" in merged
+    assert "an answer ends" not in card_of(ORIGIN, EDITION)
