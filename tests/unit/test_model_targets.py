@@ -84,8 +84,11 @@ def test_a_pattern_leaves_alone_what_is_trained_whole(llama: Any) -> None:
     ],
 )
 def test_what_matches_nothing_is_answered_with_the_names_there_are(llama: Any, target: str) -> None:
-    with pytest.raises(ModelError, match="LlamaForCausalLM is called so; linear layers here end in down_proj, gate"):
+    with pytest.raises(
+        ModelError, match="LlamaForCausalLM is called so; linear layers here end in down_proj, gate"
+    ) as no:
         resolved(llama, target)
+    assert "lm_head" not in str(no.value), "LoRA on a language model's head is not trained"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,12 @@ import torch
 from peft import PeftModel
 from structlog.testing import capture_logs
 from tiny_models import BERT_ORDER, MOODS, SIDES, VIT_ORDER, random_adapter, same, save_bert, save_vit
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from common.adapter import Adapter, Factors, initial_adapter, slice_adapter
 from common.errors import AdapterMismatch, InvalidRequest
@@ -170,6 +175,16 @@ def test_a_head_that_the_checkpoint_lacks_must_be_trained(bert: Path) -> None:
     with pytest.raises(ModelError, match=r"classifier.bias.*add \['classifier'\] to modules_to_save"):
         load(bert, BERT_ORDER, labels=tuple("abcde"), modules_to_save=())
     assert load(bert, BERT_ORDER, labels=tuple("abcde")).spec.tensors[0].shape == (5,)
+
+
+def test_a_missing_head_of_several_layers_is_named_whole(tmp_path: Path) -> None:
+    config = RobertaConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    RobertaForMaskedLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"add \['classifier'\] to modules_to_save"):
+        load(tmp_path, BERT_ORDER, modules_to_save=())
 
 
 def test_a_missing_pooler_is_not_made_up_in_silence(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def load_base(folder: Path, config: ModelConfig, order: ModelOrder) -> Any:
     saved = tuple(order.modules_to_save)
     strays = not_under(new, saved)
     if strays:
-        modules = sorted({name.rpartition(".")[0] for name in strays})
+        modules = _whole_modules(base, strays)
         raise ModelError(
             f"{config.path}: the checkpoint has no fitting values for {strays[:_SHOWN]}, so every worker would "
             f"start with different random ones; add {modules[:_SHOWN]} to modules_to_save "
@@ -174,6 +174,17 @@ def load_base(folder: Path, config: ModelConfig, order: ModelOrder) -> Any:
     if device_of(config).type == "cpu" and base.dtype == torch.float16:
         return base.float()
     return base
+
+
+def _whole_modules(base: Any, strays: Sequence[str]) -> list[str]:
+    """The outermost modules that hold nothing but these values: "classifier", not "classifier.dense" and its like."""
+    others = [name for name, _ in base.named_parameters() if name not in set(strays)]
+    found = set()
+    for stray in strays:
+        parts = stray.split(".")[:-1]
+        around = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        found.add(next(name for name in around if not any(other.startswith(f"{name}.") for other in others)))
+    return sorted(found)
 
 
 def is_quantized(base: Any) -> bool:

@@ -62,7 +62,10 @@ class Score:
 def run_benchmark(benchmark: Benchmark) -> list[Score]:
     """All scores, in the tasks' order; seeds are lm-eval's own. Raises ConfigError or BenchmarkFailed."""
     _set_up_libraries(offline=benchmark.offline)
-    import lm_eval  # noqa: PLC0415 # seconds, and only after the network is closed
+    import lm_eval.evaluator  # noqa: PLC0415 # seconds, and only after the network is closed
+
+    # It asks git which commit the working folder is at, which says nothing here, and git may complain aloud.
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
 
     device = _device_of(benchmark)
     manager = _manager_of(benchmark)

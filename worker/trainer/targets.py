@@ -132,7 +132,9 @@ def _nothing_is_called(target: str, base: Any, inside: Mapping[str, nn.Module]) 
             f"target_modules {target!r}: {tensors[0]} of this {model} is a tensor, not a linear layer (a mixture's "
             "experts lie in one tensor, which has no factors of its own); leave it out"
         )
-    last_parts = sorted({name.rpartition(".")[2] for name, module in inside.items() if is_linear(module)})
+    head = base.get_output_embeddings()  # of a language model, on which no LoRA is trained
+    offered = (name for name, module in inside.items() if is_linear(module) and module is not head)
+    last_parts = sorted({name.rpartition(".")[2] for name in offered})
     kind = "linear layer of the base below the head" if _WILD & set(target) else "layer"
     return (
         f"target_modules {target!r}: no {kind} of this {model} is called so; "
