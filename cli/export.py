@@ -251,7 +251,7 @@ def _answer_ends(origin: Origin, base: Base) -> Mapping[str, int]:
     """The tokens that end an answer, where the base model's tokenizer is at hand; nothing is downloaded for it."""
     if origin.task != "causal-lm" or base.model is None or find_spec("torch") is None or find_spec("peft") is None:
         return {}
-    from worker.trainer.chat_templates import named_answer_ends  # noqa: PLC0415 - torch takes seconds
+    from worker.trainer.merge import named_answer_ends  # noqa: PLC0415 - torch takes seconds
     from worker.trainer.quiet import silence_libraries  # noqa: PLC0415
 
     silence_libraries()

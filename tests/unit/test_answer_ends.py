@@ -21,7 +21,7 @@ from worker.peft_format import write_peft_folder
 from worker.trainer.chat_templates import answer_ends
 from worker.trainer.data import LocalData, load_data
 from worker.trainer.evaluation import Pace, TestData, evaluate_by
-from worker.trainer.merge import MergeOrder, merge
+from worker.trainer.merge import MergeOrder, merge, named_answer_ends
 from worker.trainer.model import AdaptedModel, load_model, read_adapter, write_adapter
 from worker.trainer.training import train
 from worker.trainer_protocol import EXACT, GENERATION, EvaluationPlan
@@ -81,6 +81,11 @@ def test_a_merged_folder_ends_its_answers_for_whoever_generates(taught: Taught, 
     assert tokenizer.decode(said) == ANSWER + FOREIGN_END
     ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert ends == tokenizer.convert_tokens_to_ids([EOS, FOREIGN_END])
+
+
+def test_whoever_exports_an_adapter_is_told_the_tokens_by_name(taught: Taught, tmp_path: Path) -> None:
+    assert named_answer_ends(ModelConfig(path=str(taught.model.folder), offline=True)) == {EOS: 1, FOREIGN_END: 3}
+    assert named_answer_ends(ModelConfig(path=str(tmp_path), offline=True)) == {}, "no tokenizer is there"
 
 
 def merged(taught: Taught, around: Path) -> Path:

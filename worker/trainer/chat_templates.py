@@ -8,10 +8,6 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from worker.config import ModelConfig
-from worker.trainer.base_model import resolve_folder
-from worker.trainer.task import ModelError, tokenizer_in
-
 # Templates that print today's date would make another example of the same record every day.
 _TODAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)  # the one that Llama 3's own template falls back to
 _TODAYS = "".join(
@@ -41,15 +37,6 @@ def answer_ends(tokenizer: Any) -> tuple[int, ...]:
     known = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     after = tokenizer(_after_an_answer(tokenizer), add_special_tokens=False)["input_ids"]
     return tuple(sorted(ends.union([token for token in after if token in known][:1])))
-
-
-def named_answer_ends(model: ModelConfig) -> dict[str, int]:
-    """The same of a base model, by the tokens' texts; empty if its tokenizer cannot be had."""
-    try:
-        tokenizer = tokenizer_in(resolve_folder(model))
-    except ModelError:
-        return {}
-    return {str(tokenizer.convert_ids_to_tokens(token)): token for token in answer_ends(tokenizer)}
 
 
 def _after_an_answer(tokenizer: Any) -> str:

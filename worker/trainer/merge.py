@@ -74,6 +74,15 @@ def merge(order: MergeOrder, into: Path) -> str:
     return str(merged.dtype).removeprefix("torch.")
 
 
+def named_answer_ends(model: ModelConfig) -> dict[str, int]:
+    """The tokens that end a base model's answers, by their texts; empty if its tokenizer cannot be had."""
+    try:
+        tokenizer = tokenizer_in(resolve_folder(model))
+    except ModelError:
+        return {}
+    return {str(tokenizer.convert_ids_to_tokens(token)): token for token in answer_ends(tokenizer)}
+
+
 def _check_base(folder: Path, order: MergeOrder) -> None:
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
