@@ -24,6 +24,7 @@ SEED = 0
 TINY_TRAIN, TINY_TEST = 600, 60
 TINY_RANKS = (2, 4, 8, 12, 16)
 TINY_STEPS, TINY_TOKENS = 300, 64
+TINY_LENGTH = 512  # tokens that the tiny model reads; GSM8K's own problems need most of them
 VOCABULARY = 512
 NAMES = ("Ada", "Bob", "Eve", "Mia", "Tom", "Zoe")
 THINGS = ("apples", "books", "cards", "eggs", "pens", "stamps")
@@ -109,7 +110,7 @@ def _site(out: Path, number: int, model: Path | None) -> None:
         "test": f"{out}/test.jsonl",
     }
     if model:
-        changes |= {"path": str(model), "dtype": "float32", "gradient_checkpointing": False, "max_length": 256}
+        changes |= {"path": str(model), "dtype": "float32", "gradient_checkpointing": False, "max_length": TINY_LENGTH}
     text = _changed((HERE / "worker.toml").read_text(encoding="utf-8"), changes)
     if model:
         text = text.replace("[coordinator]", "threads = 1\n\n[coordinator]", 1)
@@ -161,7 +162,8 @@ def _tiny_model(folder: Path, train: Sequence[Record]) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token=end, model_max_length=512)
+    special = {"bos_token": begin, "eos_token": end}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, model_max_length=TINY_LENGTH)
     fast.save_pretrained(folder)
     torch.manual_seed(SEED)
     config = LlamaConfig(
@@ -171,7 +173,7 @@ def _tiny_model(folder: Path, train: Sequence[Record]) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=128,
-        max_position_embeddings=512,
+        max_position_embeddings=TINY_LENGTH,
         bos_token_id=fast.bos_token_id,
         eos_token_id=fast.eos_token_id,
     )
