@@ -17,6 +17,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 from common.adapter import Adapter, AdapterSpec, Array, Factors
 from common.codec import Layout, WireDtype, read_module, read_tensor
 from common.errors import AdapterMismatch, InvalidRequest, NotFinite
+from common.memory import keep_memory_flat
 from coordinator.aggregation.certificate import worst_of
 from coordinator.aggregation.method import Merged, MethodOptions
 from coordinator.aggregation.methods import make_method
@@ -135,6 +136,7 @@ def aggregate_adapters(
 def initialise_pool() -> None:
     """The initializer of a process pool for `run`: one BLAS thread, since bits can depend on their number."""
     threadpool_limits(limits=1)
+    keep_memory_flat()  # matrices of a megabyte come and go, as messages do in the coordinator
 
 
 @cache

@@ -77,10 +77,25 @@ def truncated_stack(
         kept_bytes = KEPT_BYTES if isinstance(updates, Updates) else _HELD_TWICE_BYTES
         return truncate_stack(entries, rows, kept_bytes=kept_bytes, check=partial(check_finite, updates))
     check_finite(updates)
-    left = [previous.lora_B * weights.previous]
-    left += [u.lora_B * share[: u.rank] for u, share in zip(updates, weights.updates, strict=True)]
-    right = [rows, *(update.lora_A.astype(np.float64) for update in updates)]
-    return truncate_product(np.hstack(left), np.vstack(right), reserve=rows)
+    left, right = _side_by_side(previous, updates, weights)
+    return truncate_product(left, right, reserve=rows)
+
+
+def _side_by_side(previous: Factors, updates: Sequence[Factors], weights: Weights) -> tuple[Matrix, Matrix]:
+    """[P | B_k diag(v_k)] and [V^T ; A_k] in float64, every number converted once; P only where it has a weight."""
+    kept = np.flatnonzero(weights.previous)
+    directions = len(kept) + sum(update.rank for update in updates)
+    left = np.empty((previous.lora_B.shape[0], directions))
+    right = np.empty((directions, previous.lora_A.shape[1]))
+    np.multiply(previous.lora_B[:, kept], weights.previous[kept], out=left[:, : len(kept)])
+    right[: len(kept)] = previous.lora_A[kept]
+    at = len(kept)
+    for update, share in zip(updates, weights.updates, strict=True):
+        end = at + update.rank
+        np.multiply(update.lora_B, share[: update.rank], out=left[:, at:end])
+        right[at:end] = update.lora_A
+        at = end
+    return left, right
 
 
 def canonical(result: LowRank) -> Merged:
