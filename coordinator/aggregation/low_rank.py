@@ -118,20 +118,24 @@ def _by_cholesky(stack: Matrix) -> tuple[Matrix, Matrix, Matrix] | None:
     triangle = _triangle_of(stack, _FIT_FOR_TWO)
     if triangle is None:
         return None
-    inverse = np.linalg.inv(triangle)
+    inverse = _inverse_of(triangle)
     if _gradation(triangle) <= _FIT_FOR_ONE:
         return stack, inverse, triangle
     basis = stack @ inverse
     again = _triangle_of(basis, _FIT_FOR_ONE)
-    return None if again is None else (basis, np.linalg.inv(again), again @ triangle)
+    return None if again is None else (basis, _inverse_of(again), again @ triangle)
 
 
 def _triangle_of(stack: Matrix, most: float) -> Matrix | None:
     try:
-        triangle: Matrix = np.linalg.cholesky(stack.T @ stack).T
+        triangle = np.asarray(np.linalg.cholesky(stack.T @ stack).T, dtype=np.float64)
     except np.linalg.LinAlgError:
         return None
     return triangle if _gradation(triangle) <= most else None
+
+
+def _inverse_of(triangle: Matrix) -> Matrix:
+    return np.asarray(np.linalg.inv(triangle), dtype=np.float64)
 
 
 def _gradation(triangle: Matrix) -> float:
