@@ -189,7 +189,8 @@ def check_numbers(content: bytes | memoryview, layout: Layout, whose: str) -> No
 
 def read_module(path: Path, layout: Layout, module: str, whose: str = "") -> Factors:
     """One module of a file that was checked when it was stored; the rest of the file is not read."""
-    return _factors(_mapped(path), layout, module, whose or path.name)
+    names = name_of_lora_A(module), name_of_lora_B(module)
+    return Factors(*(_read(path, layout, name, whose or path.name) for name in names))
 
 
 def read_into(path: Path, layout: Layout, name: str, target: Array) -> None:
@@ -208,7 +209,7 @@ def read_into(path: Path, layout: Layout, name: str, target: Array) -> None:
 
 def read_tensor(path: Path, layout: Layout, name: str) -> Array:
     """One tensor outside LoRA of a checked file."""
-    return _array(_mapped(path), layout, name, whose=path.name)
+    return _read(path, layout, name, whose=path.name)
 
 
 def digest_of(content: bytes | memoryview) -> str:
@@ -240,15 +241,18 @@ def _fill(file: BinaryIO, target: Array, offset: int, name: str) -> None:
         view, offset = view[length:], offset + length
 
 
-def _mapped(path: Path) -> memoryview:
-    return np.memmap(path, dtype=np.uint8, mode="r").data
+def _read(path: Path, layout: Layout, name: str, whose: str) -> Array:
+    array = np.empty(layout.shapes[name], np.float32)
+    read_into(path, layout, name, array)
+    _check_values(array.reshape(-1), name, whose)
+    return array
 
 
-def _to_wire(array: Array, dtype: WireDtype, name: str) -> bytes:
+def _to_wire(array: Array, dtype: WireDtype, name: str) -> memoryview:
     with np.errstate(over="ignore"):
-        raw = array.astype(_NUMPY[dtype], order="C")
-    _check_values(raw.reshape(-1), name, whose=f"adapter to be sent in {dtype}")
-    return raw.tobytes()
+        raw = np.ascontiguousarray(array.astype(_NUMPY[dtype], order="C", copy=False)).reshape(-1)
+    _check_values(raw, name, whose=f"adapter to be sent in {dtype}")
+    return raw.view(np.uint8).data
 
 
 def _by_wire_name(adapter: Adapter) -> dict[str, Array]:

@@ -76,7 +76,10 @@ def truncated_stack(
             entries.insert(0, Weighted(HeldPart(previous), weights.previous))
         kept_bytes = KEPT_BYTES if isinstance(updates, Updates) else _HELD_TWICE_BYTES
         return truncate_stack(entries, rows, kept_bytes=kept_bytes, check=partial(check_finite, updates))
-    check_finite(updates)
+    if isinstance(updates, Updates):
+        updates = list(updates)  # read once, and checked by that
+    else:
+        check_finite(updates)
     left, right = _side_by_side(previous, updates, weights)
     return truncate_product(left, right, reserve=rows)
 

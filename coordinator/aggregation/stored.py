@@ -50,6 +50,8 @@ class StoredPart:
     def factors(self) -> Factors:
         """Both, effective and checked once more. Raises NotFinite."""
         read = read_module(self.path, self.layout, self.module, whose=self.client_id)
+        if self.scaling == 1.0:
+            return read
         with np.errstate(over="ignore", invalid="ignore"):
             scaled = effective(Adapter({self.module: read}, {}), scaling=self.scaling).modules[self.module]
         if not np.isfinite(scaled.lora_B).all():
