@@ -52,6 +52,10 @@ min_clients = 2
 quorum = 2                        # updates; a share such as 0.8 works too
 round_deadline_seconds = 1800
 
+[limits]                          # what a site may send; docs/limits.md
+# max_examples = 50_000           # num_examples are a site's weight in the merge and in the evaluation, and its
+                                  # own word: set this to about the largest number that you believe
+
 [training]
 learning_rate = 1e-3              # decays linearly to a tenth over the rounds
 local_epochs = 1

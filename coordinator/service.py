@@ -177,7 +177,9 @@ class CoordinatorService:
     async def _admit(self, request: Join, spec: AdapterSpec, base_model_digest: str) -> Client:
         client_id, whose = request.client_id, f"client {request.client_id[:80]!r}"
         check_join(request)  # before it may found anything
-        self.intake.ledger.check_examples(client_id, request.profile.num_examples)
+        self.intake.ledger.check_examples(
+            client_id, max(request.profile.num_examples, request.profile.num_eval_examples)
+        )
         check_digest(base_model_digest, whose)
         if self.foundation.manifest is None:
             check_founding_size(self.config.limits, spec, self.config.adapter.global_rank, whose)

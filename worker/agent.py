@@ -158,6 +158,7 @@ class Agent:
             examples_per_second=settled.examples_per_second,
             measured=settled.measured,
             evaluates_only=config.evaluator,
+            num_eval_examples=loaded.num_test_examples,
         )
         enrolment = Enrolment(welcome.protocol, profile, loaded.base_model_digest, spec)
         await record_departure(self._means, _as_departure(enrolment))
@@ -275,7 +276,8 @@ class Agent:
 
 def _as_departure(enrolment: Enrolment) -> egress.Departure:
     profile, spec = enrolment.profile, enrolment.spec
-    more = "; evaluates only" if profile.evaluates_only else ""
+    more = f"; evaluates on {profile.num_eval_examples} examples" if profile.num_eval_examples else ""
+    more += "; evaluates only" if profile.evaluates_only else ""
     if (measured := profile.measured) is not None:
         more += (
             f"; measured {measured.base_bytes} bytes and {measured.bytes_per_rank} a rank at micro-batch "

@@ -88,6 +88,7 @@ class RankProfile:
     examples_per_second: float = 0.0  # 0: not measured
     measured: MemoryMeasurement | None = None
     evaluates_only: bool = False
+    num_eval_examples: int = 0  # 0: not told
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ def _profile(profile: RankProfile) -> pb.RankProfile:
         num_examples=profile.num_examples,
         examples_per_second=profile.examples_per_second,
         evaluates_only=profile.evaluates_only,
+        num_eval_examples=profile.num_eval_examples,
     )
     if profile.measured is not None:
         message.measured.base_bytes = profile.measured.base_bytes

@@ -3,10 +3,12 @@
 import hashlib
 import hmac
 
-from common.errors import Evicted, IdentityConflict, TooBusy, UnknownClient
+from common.errors import Evicted, IdentityConflict, InvalidRequest, TooBusy, UnknownClient
 from coordinator.federation.ranks import grant_rank, keep_rank
 from coordinator.federation.requests import Join, check_join
 from coordinator.federation.state import Client, Membership, State
+
+UNTOLD_EVAL_FACTOR = 10  # times num_examples: for a worker that does not tell how much it evaluates on
 
 
 def member(state: State, client_id: str, enrol_key: str) -> Client:
@@ -22,6 +24,15 @@ def member(state: State, client_id: str, enrol_key: str) -> Client:
             "give every worker a name of its own"
         )
     return client
+
+
+def check_num_evaluated(client: Client, num_examples: int) -> None:
+    """Raises InvalidRequest if an evaluation claims more examples than its client joined with: they are its weight."""
+    told = client.profile.num_eval_examples
+    allowed = told or UNTOLD_EVAL_FACTOR * client.profile.num_examples
+    if num_examples > allowed:
+        bound = f"it joined with {told}" if told else f"it told no number at its join, and {allowed} is the most then"
+        raise InvalidRequest(f"client {client.client_id!r}: an evaluation on {num_examples} examples, but {bound}")
 
 
 def enrolled(state: State, request: Join) -> Client:

@@ -216,8 +216,9 @@ def check_join(request: Join) -> None:
         raise InvalidRequest(
             f"{whose}: max_rank {profile.max_rank} and num_examples {profile.num_examples}; both must be at least 1"
         )
-    if profile.num_examples > MAX_EXAMPLES:
-        raise InvalidRequest(f"{whose}: num_examples {profile.num_examples}; at most {MAX_EXAMPLES} are accepted")
+    for name, count in (("num_examples", profile.num_examples), ("num_eval_examples", profile.num_eval_examples)):
+        if count > MAX_EXAMPLES:
+            raise InvalidRequest(f"{whose}: {name} {count}; at most {MAX_EXAMPLES} are accepted")
     _check_memory(profile, whose)
     # JSON has no word for what is not finite: the journal could not be read again.
     if not (isfinite(profile.examples_per_second) and profile.examples_per_second >= 0.0):

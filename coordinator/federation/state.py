@@ -107,6 +107,7 @@ class Profile:
     software_version: str = ""
     measured: Measured | None = None
     evaluates_only: bool = False  # an evaluator: in no cohort that trains
+    num_eval_examples: int = 0  # that it evaluates on; 0: not told
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from coordinator.federation.events import (
     evolve,
 )
 from coordinator.federation.leases import check_lease_was_given
-from coordinator.federation.members import enrolled
+from coordinator.federation.members import check_num_evaluated, enrolled
 from coordinator.federation.requests import (
     AbortRound,
     ChangeRules,
@@ -194,7 +194,9 @@ def _submit_evaluation(state: State, request: SubmitEvaluation, _now: float) -> 
     _check_lease_and_slice(assignment, request)
     if request.lease_token < assignment.lease_token:
         return Outcome.SUPERSEDED, ()
-    is_central = state.clients[request.client_id].profile.evaluates_only
+    client = state.clients[request.client_id]
+    check_num_evaluated(client, request.evaluation.num_examples)
+    is_central = client.profile.evaluates_only
     evaluation = replace(request.evaluation, is_central=is_central)
     return Outcome.ACCEPTED, (EvaluationAccepted(request.client_id, evaluation),)
 

@@ -66,6 +66,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             software_version=plain(request.software_version, _MAX_WORD_CHARS),
             measured=_measured(request.profile),
             evaluates_only=request.profile.evaluates_only,
+            num_eval_examples=request.profile.num_eval_examples,
         )
         caller = present_caller()
         if caller is not None and caller.is_registered:

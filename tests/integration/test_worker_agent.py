@@ -56,7 +56,11 @@ async def test_the_egress_report_says_exactly_what_left(site: Site) -> None:
     (sent,) = site.coordinator.joins
     assert (join["kind"], join["digest"], join["lora_rank"]) == ("join", sent.base_model_digest, RANK)
     assert (join["num_tensors"], join["num_examples"], join["size_bytes"]) == (3, sent.profile.num_examples, 0)
-    assert join["words"] == f"device {sent.profile.device}, {sent.profile.memory_bytes} bytes of memory"
+    assert sent.profile.num_eval_examples > 0
+    assert join["words"] == (
+        f"device {sent.profile.device}, {sent.profile.memory_bytes} bytes of memory; "
+        f"evaluates on {sent.profile.num_eval_examples} examples"
+    )
     assert update == {
         "time": "2001-09-09T01:46:40+00:00",
         "kind": "update",

@@ -26,7 +26,7 @@ from rounds import (
     transition,
 )
 
-from common.errors import TooBusy
+from common.errors import InvalidRequest, TooBusy
 from coordinator.federation.due import due
 from coordinator.federation.events import FederationStopped
 from coordinator.federation.explain import explain, explain_no_best
@@ -270,3 +270,18 @@ def test_the_end_stands_in_the_journal_as_a_fact() -> None:
     event = FederationStopped("no improvement of accuracy for 3 evaluations; best 0.87 in round 9")
     entry = entry_of(event, 7, 1.0)
     assert (entry.kind, event_of(Entry(7, 1.0, entry.kind, entry.body))) == ("FederationStopped", event)
+
+
+# ---------------------------------------------------------------- what an evaluation weighs
+
+
+@pytest.mark.parametrize(("told", "allowed"), [(7, 7), (2_000, 2_000), (0, 10 * 10)])
+def test_an_evaluation_weighs_no_more_than_its_client_joined_with(told: int, allowed: int) -> None:
+    """Who trains on 10 examples and told how many it evaluates on, or, as an older worker, did not."""
+    ada = Join(ADA, f"key-of-{ADA}", Profile(8, 10, num_eval_examples=told))
+    state = after(ada, *one_round(ADA), claims(ADA), start=founded(evaluate_every=1, min_clients=1))
+    assert opened(state).kind is Kind.EVALUATE
+    whole, more = (Evaluation(count, {"accuracy": 1.0}) for count in (allowed, allowed + 1))
+    assert outcome(state, evaluates(ADA, evaluation=whole)) is Outcome.ACCEPTED
+    with pytest.raises(InvalidRequest, match=f"'ada': an evaluation on {allowed + 1} examples, but .*{allowed}"):
+        transition(state, evaluates(ADA, evaluation=more))

@@ -126,7 +126,7 @@ class HandshakeResponse(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., software_version: _Optional[str] = ..., federation: _Optional[str] = ..., model: _Optional[_Union[ModelRequest, _Mapping]] = ..., wall_time_seconds: _Optional[float] = ..., batch_size: _Optional[int] = ..., lora_dropout: _Optional[float] = ..., rank_levels: _Optional[_Iterable[int]] = ..., memory_share: _Optional[float] = ...) -> None: ...
 
 class RankProfile(_message.Message):
-    __slots__ = ("max_rank", "device", "memory_bytes", "num_examples", "examples_per_second", "measured", "evaluates_only")
+    __slots__ = ("max_rank", "device", "memory_bytes", "num_examples", "examples_per_second", "measured", "evaluates_only", "num_eval_examples")
     MAX_RANK_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +134,7 @@ class RankProfile(_message.Message):
     EXAMPLES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
     EVALUATES_ONLY_FIELD_NUMBER: _ClassVar[int]
+    NUM_EVAL_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     max_rank: int
     device: str
     memory_bytes: int
@@ -141,7 +142,8 @@ class RankProfile(_message.Message):
     examples_per_second: float
     measured: MemoryMeasurement
     evaluates_only: bool
-    def __init__(self, max_rank: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., examples_per_second: _Optional[float] = ..., measured: _Optional[_Union[MemoryMeasurement, _Mapping]] = ..., evaluates_only: _Optional[bool] = ...) -> None: ...
+    num_eval_examples: int
+    def __init__(self, max_rank: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., examples_per_second: _Optional[float] = ..., measured: _Optional[_Union[MemoryMeasurement, _Mapping]] = ..., evaluates_only: _Optional[bool] = ..., num_eval_examples: _Optional[int] = ...) -> None: ...
 
 class MemoryMeasurement(_message.Message):
     __slots__ = ("base_bytes", "bytes_per_rank", "micro_batch", "quantization")
