@@ -221,7 +221,7 @@ class AggregationConfig(MethodConfig):
     """How updates become the next adapter."""
 
     processes: int = Field(default=0, ge=0, le=256)
-    """Modules merged at one time, a process each; 0: inside the coordinator."""
+    """Modules merged at one time, a process each; 0: in up to four threads of the coordinator."""
 
 
 class TrainingConfig(Section):

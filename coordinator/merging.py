@@ -2,9 +2,10 @@
 
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from coordinator.federation.step import Aggregate
 from coordinator.manifest import Manifest
 from coordinator.stores.blobs import FileBlobs
 
+MAX_THREADS = 4  # each holds a module's factors; more cores are worth processes
 MAX_SHARE = 0.1  # of what an update may hold: who starts from an adapter at that bound could send nothing back
 
 log = structlog.get_logger()
@@ -51,10 +53,13 @@ def report_from_json(text: str) -> tuple[RoundReport, float]:
     return RoundReport.from_json(content["report"]), float(content["aggregation_seconds"])
 
 
-def make_pool(processes: int) -> ProcessPoolExecutor | None:
-    """A pool of fresh processes (a fork would inherit gRPC's threads and the state lock), or None for none."""
+def make_pool(processes: int) -> Executor:
+    """Who merges modules: fresh processes (a fork would inherit gRPC's threads and the state lock), or threads here.
+
+    numpy works without the interpreter's lock, so threads use the cores too; processes never hold up the event loop.
+    """
     if processes == 0:
-        return None
+        return ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="merge")
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(processes, mp_context=context, initializer=initialise_pool)
 
@@ -64,7 +69,7 @@ def merge(
     manifest: Manifest,
     levels: tuple[int, ...],
     blobs: FileBlobs,
-    pool: ProcessPoolExecutor | None,
+    pool: Executor,
 ) -> Merged:
     """Verifies every input's digest, aggregates, and makes the result durable. Blocking.
 
@@ -90,7 +95,7 @@ def merge(
         levels=levels,
     )
     try:
-        aggregated = aggregate(job, pool.map if pool else map)
+        aggregated = aggregate(job, pool.map)
     except np.linalg.LinAlgError as error:
         raise NotFinite(f"round {command.number}: the singular values did not converge: {error}") from error
     reach("adapter.merged")

@@ -51,9 +51,8 @@ class Publisher:
         self._exported_round = 0  # by this process
 
     def close(self) -> None:
-        """Ends the helper processes."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        """Ends the helpers."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def carry_out(self, command: Aggregate) -> None:
         """Publishes the merged adapter, or aborts the round with the reason. Any other error is fatal."""

@@ -1,8 +1,10 @@
 """Rank slices of the global adapter: made once per adapter and rank, kept as blobs, served to all of that rank."""
 
 import asyncio
-from collections.abc import Callable, Set
+from collections.abc import AsyncGenerator, Callable, Set
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
@@ -13,7 +15,7 @@ from common.failpoints import reach
 from coordinator.manifest import Manifest
 from coordinator.stores.blobs import BlobStore
 
-MAX_MAKING = 2  # at a time: each holds a whole adapter in memory
+MAX_MAKING = 2  # at a time: each holds a whole slice in memory
 MAX_FOREIGN = 8  # slices of ranks that no client was granted, for observers
 
 log = structlog.get_logger()
@@ -25,6 +27,14 @@ class BlobReference:
 
     digest: str
     size_bytes: int
+
+
+@dataclass
+class _Reading:
+    """An adapter on its way into memory, and how many wait for it or use it."""
+
+    task: asyncio.Task[Adapter]
+    users: int = 0
 
 
 class Slices:
@@ -44,6 +54,7 @@ class Slices:
         self._on_dropped = on_dropped
         self._making = asyncio.Semaphore(MAX_MAKING)
         self._made: dict[tuple[str, int], asyncio.Task[BlobReference]] = {}
+        self._read: dict[str, _Reading] = {}
 
     async def slice_of(self, adapter_digest: str, rank: int) -> BlobReference:
         """The first `rank` directions, scaled for a client of that rank, in the wire dtype."""
@@ -104,11 +115,25 @@ class Slices:
                 self._on_dropped(digest)
 
     async def _make_in_turn(self, adapter_digest: str, rank: int) -> BlobReference:
-        async with self._making:
-            return await asyncio.to_thread(self._make, adapter_digest, rank)
+        async with self._global_adapter(adapter_digest) as reading, self._making:
+            return await asyncio.to_thread(self._make, await asyncio.shield(reading), rank)
 
-    def _make(self, adapter_digest: str, rank: int) -> BlobReference:
-        adapter = read_global_adapter(self._blobs, self._manifest, adapter_digest)
+    @asynccontextmanager
+    async def _global_adapter(self, digest: str) -> AsyncGenerator[asyncio.Task[Adapter]]:
+        """Read and verified once for all slices that are wanted at the same time, as when a round opens."""
+        if digest not in self._read:
+            read = partial(read_global_adapter, self._blobs, self._manifest, digest)
+            self._read[digest] = _Reading(asyncio.create_task(asyncio.to_thread(read)))
+        reading = self._read[digest]
+        reading.users += 1
+        try:
+            yield reading.task
+        finally:
+            reading.users -= 1
+            if not reading.users and self._read.get(digest) is reading:
+                del self._read[digest]
+
+    def _make(self, adapter: Adapter, rank: int) -> BlobReference:
         cut = slice_adapter(adapter, rank, scaling=self._manifest.scaling(rank))
         content = encode(cut, self._manifest.adapter.wire_dtype)
         reach("slice.made")
