@@ -108,7 +108,7 @@ async def test_a_helper_that_is_killed_costs_nothing_but_time(tmp_path: Path) ->
         service = CoordinatorService(config, MemoryJournal(), blobs_of(config))
         async with running(service) as ada:
             pool = service._publisher._pool
-            if pool is not None:
+            if processes:
                 os.kill(await asyncio.wrap_future(pool.submit(os.getpid)), signal.SIGKILL)
             await ada.work()
             digests.append(await ada.published())
