@@ -92,11 +92,12 @@ class Registry:
             case Role.WORKER:
                 site = self._sites.read(subject.organisation)
                 known = site.keys.get(subject.name) if site and not site.is_revoked else None
-                _check_key(certificate, known)
+                _check_key(certificate, known, is_taken_back=site is not None and site.is_revoked)
             case Role.OBSERVER | Role.OPERATOR:
                 person = self._people.read(subject.name)
                 is_in = person is not None and not person.is_revoked and person.role is subject.role
-                _check_key(certificate, person.key_digest if person and is_in else None)
+                known = person.key_digest if person and is_in else None
+                _check_key(certificate, known, is_taken_back=person is not None and person.is_revoked)
             case Role.COORDINATOR:
                 _check_key(certificate, None)  # serves, never calls
 
@@ -330,9 +331,12 @@ def _client_id(site: Site, worker: str) -> str:
     return client_id
 
 
-def _check_key(certificate: Certificate, known: str | None) -> None:
-    if known != certificate.key_digest:
+def _check_key(certificate: Certificate, known: str | None, *, is_taken_back: bool = False) -> None:
+    if known == certificate.key_digest:
+        return
+    if is_taken_back:
         raise Revoked(f"{certificate.subject}: the operator took this identity back; it takes a new one to come in")
+    raise Revoked(f"{certificate.subject}: no such key is let in by this name; it takes a new join token to come in")
 
 
 def _site_of(fields: dict[str, Any]) -> Site:
