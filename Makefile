@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench bench-rivals bench-worker bench-round load load-growth soak picture rank-collapse theorem proto docs compose-test clean fuzz kills hunt
+.PHONY: help setup check test demo bench bench-rivals bench-worker bench-round load load-growth soak picture rank-collapse theorem proto docs compose-test clean fuzz kills hunt flips histories
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,13 @@ fuzz: setup  ## hostile uploads and requests: make fuzz SEED=1 MUTANTS=1000000 R
 
 kills: setup  ## kill -9 at seeded steps, compared with an undisturbed run: make kills SEED=7 KILLS=1000
 	PYTHONPATH=tests:proto $(BIN)/python -m faults.command --seed $(or $(SEED),7) --kills $(or $(KILLS),1000) --format $(or $(FORMAT),table)
+
+flips: setup  ## one flipped byte of a dead coordinator's disk at a time: make flips SEED=7 TRIALS=1000
+	PYTHONPATH=.:tests:proto $(BIN)/python -m faults.flip_bytes --seed $(or $(SEED),7) --trials $(or $(TRIALS),1000)
+
+histories: setup  ## other histories than CI's, and more of them, against the models: make histories SEED=1 EXAMPLES=2000
+	RAFLORA_TEST_HISTORIES=$(or $(EXAMPLES),2000) $(BIN)/python -m pytest -q --hypothesis-seed=$(or $(SEED),1) \
+	  tests/scenarios/test_random_histories.py tests/scenarios/test_random_evaluations.py
 
 hunt: setup  ## how many seeded kills find each planted bug: make hunt SEED=99
 	PYTHONPATH=tests:proto $(BIN)/python -m faults.hunt --seed $(or $(SEED),99)

@@ -131,7 +131,7 @@ def stops_of(steps: Iterable[Step], stopping: Stopping, every: int) -> Story:
 
 
 @given(steps=st.lists(STEPS, min_size=3, max_size=8), stopping=STOPPINGS, every=st.sampled_from([1, 1, 2]))
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(deadline=None)  # of how many examples: tests/conftest.py
 def test_the_best_adapter_and_the_early_stop_are_what_a_small_model_finds(
     steps: list[Step], stopping: Stopping, every: int
 ) -> None:

@@ -368,9 +368,8 @@ def _is_brought_by_time(event: Event) -> bool:
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(
-    max_examples=150,
+    max_examples=max(150, settings.default.max_examples),  # the same everywhere; make histories searches others
     stateful_step_count=50,
     deadline=None,
-    derandomize=True,  # the same histories everywhere; a longer search is a command away: --hypothesis-seed=random
     suppress_health_check=[HealthCheck.too_slow],
 )
