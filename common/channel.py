@@ -22,6 +22,7 @@ MAX_CALLS_PER_CONNECTION = 16
 HANDSHAKE_SECONDS = 5.0  # for TLS and HTTP/2's first words; gRPC's own two minutes are a place for whoever is silent
 MAX_PENDING_CALLS = 10_000  # that have arrived and wait for the event loop; gRPC ends those beyond, as CANCELLED
 WINDOW_BYTES = 1 << 20  # of a stream to the coordinator: what it may have to hold for each upload beside a message
+READ_BYTES = 64 << 10  # room that a connection keeps for what it reads next, also while it is silent
 REASON_KEY = "raflora-reason"
 COMMITTED_BYTES_KEY = "raflora-committed-bytes"
 
@@ -114,6 +115,8 @@ def server_options(keepalive: Keepalive, max_connections: int | None = None) -> 
         # gRPC's own estimate takes a disk that is behind for a wire that is long, and buffers 20 MB for every upload.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+        # As it comes the room follows what has ever come at once, and a connection that then waits keeps it for hours.
+        ("grpc.experimental.tcp_max_read_buffer_size", READ_BYTES),
         ("grpc.so_reuseport", 0),  # a second coordinator on the same port must fail, not share it
     ]
 
