@@ -75,7 +75,7 @@ class Slices:
             await writing.settle()
         finally:
             await writing.abandon()
-            part.sync()
+            await asyncio.to_thread(part.sync)
         if not part.is_complete:
             raise Unavailable(
                 f"coordinator {self._client.address}: a download ended after {offset} of {blob.size_bytes} bytes"
