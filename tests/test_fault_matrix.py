@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "fault-matrix.md"
-FAULTS = 27  # rows; one that is dropped must be dropped here too
+FAULTS = 28  # rows; one that is dropped must be dropped here too
 _TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 _NOT_TESTED = re.compile(r"^not tested: \S.{10,}")
 

@@ -5,11 +5,12 @@
         line.cut_after(Way.DOWN, 10_000)       # the 10,000th byte from the server is the last; then a reset
         line.hold(Way.UP); line.release()      # a partition: nothing is lost, as TCP would send it again
         line.lose(Way.DOWN)                    # bytes vanish: whatever was answered, nobody hears of it
+        line.delay(0.1)                        # a long line: every byte is so many seconds under way
         line.refuse(); line.heal()             # nobody can connect; everything is as before
-        line.sent[Way.UP], line.lost[Way.DOWN], line.connections
+        line.sent[Way.UP], line.lost[Way.DOWN], line.under_way[Way.UP], line.connections
 
 It knows bytes and connections, not HTTP/2: what a single answer is, faults.answers knows. Nothing here waits for
-time but a limited rate.
+time but a limited rate and a delay.
 """
 
 import asyncio
@@ -23,7 +24,8 @@ from enum import Enum
 from types import TracebackType
 from typing import Self
 
-_READ_BYTES = 64 << 10
+READ_BYTES = 64 << 10
+FLIGHT_BYTES = 4 << 20  # each way of a connection: with so many under way nothing more is read
 # With this and nothing unsent, close() sends a reset; the other side sees its connection die, not end.
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -49,14 +51,25 @@ class _Flow(Enum):
 
 
 @dataclass(eq=False)
+class _Flight:
+    """What was read of one way of a connection and has not arrived; whoever reads keeps to FLIGHT_BYTES."""
+
+    size_bytes: int = 0
+    parts: asyncio.Queue[tuple[float, bytes]] = field(default_factory=asyncio.Queue)  # due when, by the loop's clock
+
+
+@dataclass(eq=False)
 class _Connection:
     """One client's connection and ours to the target."""
 
     writers: dict[Way, asyncio.StreamWriter]  # by where the bytes go
     readers: dict[Way, asyncio.StreamReader]
+    flights: dict[Way, _Flight] = field(default_factory=lambda: {way: _Flight() for way in Way})
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    is_closed: bool = False
 
     def close(self, how: Cut) -> None:
+        self.is_closed = True
         for writer in self.writers.values():
             if how is Cut.RESET:
                 sock = writer.get_extra_info("socket")
@@ -82,6 +95,7 @@ class FaultProxy:
         self._open: set[_Connection] = set()
         self._flow = {way: _Flow.OPEN for way in Way}
         self._rate: dict[Way, float] = {}  # bytes a second
+        self._delay: dict[Way, float] = {}  # seconds
         self._cuts: Counter[Way] = Counter()  # at which count of `sent`; 0: none
         self._cut_how = Cut.RESET
         self._refuses = False
@@ -128,13 +142,18 @@ class FaultProxy:
         """A thin line."""
         self._rate[way] = bytes_per_second
 
+    def delay(self, seconds: float, *ways: Way) -> None:
+        """A long line: bytes arrive so much later, in their order. A reset overtakes them. None named: both."""
+        self._delay.update(dict.fromkeys(ways or tuple(Way), seconds))
+        self._wake()
+
     def refuse(self) -> None:
         """Resets every new connection; those that are open stay."""
         self._refuses = True
 
     def heal(self) -> None:
-        """Everything as at the start, but for the counters; connections that are open stay."""
-        self._refuses, self._rate = False, {}
+        """Everything as at the start, but for the counters; open connections and what is under way stay."""
+        self._refuses, self._rate, self._delay = False, {}, {}
         self._cuts.clear()
         self.release()
 
@@ -147,6 +166,11 @@ class FaultProxy:
     def open_connections(self) -> int:
         """Right now."""
         return len(self._open)
+
+    @property
+    def under_way(self) -> dict[Way, int]:
+        """Bytes that were read and have not arrived, over all connections, right now."""
+        return {way: sum(connection.flights[way].size_bytes for connection in self._open) for way in Way}
 
     # ------------------------------------------------------------ inside
 
@@ -176,24 +200,46 @@ class FaultProxy:
             return
         self.connections += 1
         self._open.add(connection)
-        connection.tasks = [asyncio.create_task(self._carry(connection, way)) for way in Way]
+        connection.tasks = [
+            asyncio.create_task(half(connection, way)) for way in Way for half in (self._take_in, self._bring)
+        ]
         await asyncio.gather(*connection.tasks, return_exceptions=True)
         connection.close(Cut.END)
         self._open.discard(connection)
         await self._notify()
 
-    async def _carry(self, connection: _Connection, way: Way) -> None:
-        """Carries one way of one connection until it ends; its end goes through as an end."""
-        reader, writer = connection.readers[way], connection.writers[way]
+    async def _take_in(self, connection: _Connection, way: Way) -> None:
+        """Reads one way of one connection to its end, no more at a time than may be under way."""
+        reader, flight, data = connection.readers[way], connection.flights[way], b"?"
         try:
-            while True:
-                await self.until(lambda: self._flow[way] is not _Flow.HOLD)
-                data = await reader.read(_READ_BYTES)
+            while data:
+                await self.until(lambda: self._flow[way] is not _Flow.HOLD and self._has_room(flight, way))
+                data = await reader.read(READ_BYTES)
+                flight.size_bytes += len(data)
+                flight.parts.put_nowait((asyncio.get_running_loop().time() + self._delay.get(way, 0.0), data))
+                await self._notify()
+        except OSError:
+            connection.close(Cut.RESET)
+
+    def _has_room(self, flight: _Flight, way: Way) -> bool:
+        # Without a delay a part arrives before the next is read: what the receiver does not take, the sender feels.
+        return flight.size_bytes < FLIGHT_BYTES if way in self._delay else not flight.size_bytes
+
+    async def _bring(self, connection: _Connection, way: Way) -> None:
+        """Passes on what was read when it is due; the end goes through as an end."""
+        writer, flight = connection.writers[way], connection.flights[way]
+        try:
+            while not connection.is_closed:
+                due, data = await flight.parts.get()
+                if (seconds := due - asyncio.get_running_loop().time()) > 0:
+                    await asyncio.sleep(seconds)
                 await self.until(lambda: self._flow[way] is not _Flow.HOLD)
                 if not data:
                     break
                 await self._pass_on(connection, way, data)
-            if writer.can_write_eof():
+                flight.size_bytes -= len(data)
+                await self._notify()
+            if writer.can_write_eof() and not connection.is_closed:
                 writer.write_eof()
         except OSError:
             connection.close(Cut.RESET)
@@ -201,7 +247,6 @@ class FaultProxy:
     async def _pass_on(self, connection: _Connection, way: Way, data: bytes) -> None:
         if self._flow[way] is _Flow.LOSE:
             self.lost[way] += len(data)
-            await self._notify()
             return
         left = self._cuts[way] - self.sent[way] if self._cuts[way] else len(data) + 1
         writer = connection.writers[way]
@@ -214,4 +259,3 @@ class FaultProxy:
             self._cuts[way] = 0
             self.lost[way] += len(data) - left
             connection.close(self._cut_how)
-        await self._notify()

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from faults.proxy import Cut, FaultProxy, Way
+from faults.proxy import FLIGHT_BYTES, READ_BYTES, Cut, FaultProxy, Way
 
 CONTENT = bytes(range(256)) * 1000
 
@@ -151,6 +151,43 @@ async def test_a_thin_line_changes_no_byte(line: FaultProxy) -> None:
     saying = asyncio.create_task(caller.says(CONTENT))
     assert await caller.hears() == CONTENT
     await saying
+    caller.close()
+
+
+async def test_a_long_line_changes_no_byte_and_no_order(line: FaultProxy) -> None:
+    line.delay(0.02)
+    caller = await Caller.to(line)
+    saying = asyncio.create_task(caller.says(CONTENT))
+    assert await caller.hears() == CONTENT
+    await saying
+    assert line.sent == {Way.UP: len(CONTENT), Way.DOWN: len(CONTENT)}
+    caller.close()
+
+
+async def test_no_more_is_under_way_than_may_be_and_the_sender_waits(line: FaultProxy) -> None:
+    line.delay(3600.0, Way.UP)
+    caller = await Caller.to(line)
+    saying = asyncio.create_task(caller.says(CONTENT * 100))
+    await line.until(lambda: line.under_way[Way.UP] >= FLIGHT_BYTES)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert line.under_way[Way.UP] < FLIGHT_BYTES + READ_BYTES
+    assert line.sent == {Way.UP: 0, Way.DOWN: 0}, "nothing is due for an hour"
+    assert not saying.done()
+    line.cut()
+    with pytest.raises(ConnectionError):
+        await saying
+    caller.close()
+
+
+async def test_what_is_under_way_when_the_line_heals_stays_ahead_of_what_comes_after(line: FaultProxy) -> None:
+    line.delay(0.05, Way.UP)
+    caller = await Caller.to(line)
+    await caller.says(b"first, ", ends=False)
+    await line.until(lambda: line.under_way[Way.UP] == len(b"first, "))
+    line.heal()
+    await caller.says(b"then this")
+    assert await caller.hears() == b"first, then this"
     caller.close()
 
 

@@ -144,6 +144,32 @@ async def test_a_short_partition_in_the_middle_of_an_upload_goes_unnoticed(tmp_p
         assert line.connections == 1
 
 
+async def adapter_of_a_round(folder: Path, line_seconds: float) -> str:
+    """Ada's whole round over a line so long, each way, and bob's beside it; the digest of what they made."""
+    folder.mkdir()
+    async with (
+        serving(wide_config(folder, rounds__num_rounds=1)) as address,
+        observing(address) as observer,
+        beside(address, folder) as bob,
+        FaultProxy(address) as line,
+        wide_client(line.address, folder) as ada,
+    ):
+        if line_seconds:
+            line.delay(line_seconds)
+        await ada.join()
+        for client, number in ((ada, 1), (bob, 2)):
+            task = await client.task()
+            assert digest_of((await client.fetch(task)).read_bytes()) == task.adapter.digest
+            await accepted(client, task, content(number))
+        assert line.connections == 1, "far away is not lost"
+        return (await observer.finished()).adapter_digest
+
+
+async def test_a_round_over_a_line_of_a_tenth_of_a_second_each_way_makes_the_same_adapter(tmp_path: Path) -> None:
+    near = await adapter_of_a_round(tmp_path / "near", line_seconds=0.0)
+    assert await adapter_of_a_round(tmp_path / "far", line_seconds=0.1) == near
+
+
 async def observe_nothing(line: FaultProxy) -> None:
     """Some turns of the loop in which nothing comes through."""
     before = dict(line.sent)
