@@ -164,7 +164,10 @@ def blocks_of(file: BinaryIO, layout: Layout, name: str) -> Iterator[tuple[int, 
 def read_part(
     file: BinaryIO, layout: Layout, name: str, *, rows: tuple[int, int], columns: tuple[int, int]
 ) -> NDArray[np.float64]:
-    """A part of a matrix of a checked file, from row and column (inclusive) to row and column (exclusive)."""
+    """A part of a matrix of a checked file, from row and column (inclusive) to row and column (exclusive).
+
+    Raises WrongSize if the file ends too soon.
+    """
     dtype, width = _NUMPY[layout.dtype], layout.shapes[name][1]
     if columns == (0, width):  # then the rows lie side by side
         rows, columns, width, shape = (0, 1), (rows[0] * width, rows[1] * width), 0, (rows[1] - rows[0], width)
@@ -173,6 +176,8 @@ def read_part(
     length = (columns[1] - columns[0]) * dtype.itemsize
     starts = (layout.offsets[name] + (row * width + columns[0]) * dtype.itemsize for row in range(*rows))
     raw = b"".join(os.pread(file.fileno(), length, start) for start in starts)
+    if len(raw) != math.prod(shape) * dtype.itemsize:
+        raise WrongSize(f"{name}: the file ends within it")
     return np.frombuffer(raw, dtype=dtype).astype(np.float64).reshape(shape)
 
 

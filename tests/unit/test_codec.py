@@ -1,6 +1,7 @@
 """The codec accepts exactly one file per adapter, and every other byte string is a typed error."""
 
 import json
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -25,6 +26,7 @@ from common.codec import (
     name_of_lora_B,
     read_into,
     read_module,
+    read_part,
     read_tensor,
 )
 from common.errors import AdapterMismatch, NotFinite, OutOfBounds, WrongSize
@@ -298,6 +300,25 @@ def test_a_tensor_is_read_into_memory_of_its_readers(tmp_path: Path, dtype: Wire
     file.write_bytes(file.read_bytes()[: layout.offsets[name_of_lora_B(SPEC.modules[1].name)] + 2])
     with pytest.raises(WrongSize, match="the file ends within it"):
         read_into(file, layout, name_of_lora_B(SPEC.modules[1].name), np.zeros((6, 3), np.float32))
+
+
+@pytest.mark.parametrize("dtype", list(WireDtype))
+@pytest.mark.parametrize("columns", [(0, 6), (1, 5)], ids=["whole rows", "a part of each row"])
+def test_a_part_of_a_matrix_is_read_or_the_file_is_called_too_short(
+    tmp_path: Path, dtype: WireDtype, columns: tuple[int, int]
+) -> None:
+    spec = AdapterSpec((ModuleShape("q", out_features=4, in_features=6),))
+    adapter, layout, name = filled(spec, 3, dtype), Layout(spec, 3, dtype), name_of_lora_A("q")
+    path = tmp_path / "adapter"
+    path.write_bytes(encode(adapter, dtype))
+    with path.open("rb") as file:
+        part = read_part(file, layout, name, rows=(1, 3), columns=columns)
+        np.testing.assert_array_equal(part, adapter.modules["q"].lora_A[1:3, slice(*columns)])
+        last = layout.offsets[name] + (2 * 6 + columns[1]) * (4 if dtype is WireDtype.FLOAT32 else 2)
+        for short in (last - 1, last - 4, layout.offsets[name]):  # within a number, after one, before them all
+            os.truncate(path, short)
+            with pytest.raises(WrongSize, match=r"q.*: the file ends within it"):
+                read_part(file, layout, name, rows=(1, 3), columns=columns)
 
 
 def test_the_digest_is_sha256() -> None:
