@@ -86,6 +86,9 @@ def client_options(keepalive: Keepalive) -> Options:
         ("grpc.min_reconnect_backoff_ms", 500),
         # Between gRPC's own attempts a call fails at once, so this comes on top of the pauses between our calls.
         ("grpc.max_reconnect_backoff_ms", 5_000),
+        # Else all channels of a process to one address share a connection and its few calls, and those that wait for
+        # work keep those out that bring it. One connection is one participant here, with or without certificates.
+        ("grpc.use_local_subchannel_pool", 1),
         ("grpc.service_config", _SERVICE_CONFIG),
         ("grpc.enable_retries", 1),
     ]

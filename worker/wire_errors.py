@@ -9,8 +9,9 @@ from worker.messages import printable
 
 _OFFSET = re.compile(r"[0-9]{1,19}")
 _NOBODY_ANSWERED = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"})
-# What proxies and dying connections leave in the details, whatever the code beside it.
-_BROKEN_OFF = ("RST_STREAM", "Stream removed", "Received http2 header")
+# What proxies and dying connections leave in the details, whatever the code beside it. The last is what gRPC on this
+# side says of a call that was reset before it had begun; no coordinator has answered then.
+_BROKEN_OFF = ("RST_STREAM", "Stream removed", "Received http2 header", "Internal error from Core")
 _PLAIN_WORDS = (
     ("certificate has expired", "the coordinator's certificate has expired, or this machine's clock is wrong"),
     ("certificate is not yet valid", "the coordinator's certificate is not valid yet: one of the two clocks is wrong"),

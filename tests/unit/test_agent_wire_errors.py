@@ -58,6 +58,11 @@ def test_a_wrong_offset_carries_the_right_one(text: str, committed_bytes: int) -
         ("UNAVAILABLE", "recvmsg:Connection reset by peer", "connection reset"),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", "no answer in time"),
         ("CANCELLED", "CANCELLED", "CANCELLED"),
+        (
+            "INTERNAL",
+            "Internal error from Core",
+            "Internal error from Core",
+        ),  # gRPC on this side, of a call reset early
     ],
 )
 def test_silence_is_told_in_plain_words(code: str, details: str, words: str) -> None:
