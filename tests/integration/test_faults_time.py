@@ -1,4 +1,7 @@
-"""Partitions, stragglers and clocks: hours pass by the federation's clock, which the test moves; nobody waits."""
+"""Partitions, stragglers and clocks: hours pass by the federation's clock, which the test moves.
+
+One test waits: the line is held until a lease as short as may be, a second, has really expired.
+"""
 
 import asyncio
 import time
@@ -13,6 +16,7 @@ import grpc.aio
 import pytest
 from coordinators import NumpyClient, Observer, clients_of, config_of, entries_of, observing, serving
 from engines import Monotonic
+from faults.proxy import FaultProxy, Way
 from raflora.v1 import admin_pb2, status_pb2
 from structlog.testing import capture_logs
 
@@ -23,6 +27,7 @@ from worker.messages import Outcome, Progress, Task
 
 RANKS = {"ada": 2, "bob": 4, "cem": 8}
 LEASE_SECONDS, DEADLINE_SECONDS, HOUR = 90.0, 36_000.0, 3600.0
+SHORTEST_LEASE_SECONDS = 1.0
 
 
 @pytest.fixture
@@ -94,6 +99,43 @@ async def test_a_result_of_a_lease_that_somebody_took_over_during_the_partition_
         assert await ada.submit(task, content) is Outcome.SUPERSEDED
         assert await again.submit(newer, content) is Outcome.ACCEPTED
         await again.rpc.close()
+
+
+async def test_a_client_whose_line_is_held_beyond_its_lease_comes_back_and_its_round_closes(tmp_path: Path) -> None:
+    """On the real clock and a real line: what ada says is under way all the time, and arrives when it heals."""
+    rounds = {"rounds__num_rounds": 1, "rounds__quorum": 3, "rounds__lease_ttl_seconds": SHORTEST_LEASE_SECONDS}
+    config = config_of(tmp_path, rounds__round_deadline_seconds=DEADLINE_SECONDS, **rounds)
+    async with (
+        serving(config) as address,
+        observing(address) as observer,
+        FaultProxy(address) as line,
+        clients_of(line.address, {"ada": 2}) as (ada,),
+        clients_of(address, {"bob": 4, "cem": 8}) as others,
+    ):
+        lease = (await ada.fetch_task()).lease_token
+        for client in others:
+            assert await client.do(await client.fetch_task()) is Outcome.ACCEPTED
+        line.hold()
+        heard = line.sent[Way.UP]
+        beating = asyncio.create_task(ada.rpc.heartbeat(lease, Progress("training")))
+        await silent_for_its_lease(observer, "ada")
+        assert line.sent[Way.UP] == heard
+        assert not beating.done()
+        line.heal()
+        await beating
+        await ada.join()
+        assert await membership(observer, "ada") == "active"
+        assert await ada.do(await ada.fetch_task()) is Outcome.ACCEPTED
+        status = await observer.finished()
+        assert [c.client_id for c in status.last_round.contributions] == ["ada", "bob", "cem"]
+
+
+async def silent_for_its_lease(observer: Observer, client_id: str) -> None:
+    """Returns once the coordinator calls the client lost; the test's own limit bounds it."""
+    async for _ in observer.status.WatchStatus(status_pb2.WatchStatusRequest(), timeout=60):
+        if await membership(observer, client_id) == "lost":
+            return
+    raise AssertionError(f"{client_id} was never called lost")
 
 
 async def test_a_straggler_after_the_deadline_is_told_what_became_of_its_round(
