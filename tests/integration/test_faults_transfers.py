@@ -146,7 +146,6 @@ async def test_a_short_partition_in_the_middle_of_an_upload_goes_unnoticed(tmp_p
 
 async def adapter_of_a_round(folder: Path, line_seconds: float) -> str:
     """Ada's whole round over a line so long, each way, and bob's beside it; the digest of what they made."""
-    folder.mkdir()
     async with (
         serving(wide_config(folder, rounds__num_rounds=1)) as address,
         observing(address) as observer,
