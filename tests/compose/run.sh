@@ -59,6 +59,14 @@ done
 echo "== all workers ended with 0"
 
 in_coordinator raflora health || fail "the coordinator no longer answers"
+[[ $(in_coordinator raflora status --format json) == *'"security": "mutual TLS: '* ]] ||
+  fail "the status does not say that connections are mutual TLS"
+# `raflora health` has just been answered: what is refused here is the connection in the clear, and it must say so.
+if in_clear=$(in_coordinator raflora health --coordinator coordinator:7070 --insecure 2>&1); then
+  fail "a call in the clear was answered: $in_clear"
+fi
+[[ $in_clear == *"it speaks TLS, but this side speaks in the clear"* ]] || fail "refused for another reason: $in_clear"
+echo "== mutual TLS: the status says so, and a call in the clear is refused"
 in_coordinator find /adapter -name adapter_model.safetensors | grep -q . || fail "no adapter in the volume"
 in_coordinator find /adapter -type f
 [[ $(in_coordinator raflora clients --format json | grep -c '"client_id"') == "$WORKERS" ]] || fail "not every worker joined"
