@@ -183,6 +183,8 @@ class CoordinatorClient:
             call = line.download_adapter(request, timeout=_stream_seconds(blob.size_bytes - offset))
             try:
                 async for chunk in call:
+                    if chunk is None:  # all that gRPC says of a message that `download_chunk_of` raised for
+                        raise CorruptTransfer(f"rank slice {blob.digest[:12]}: a message that cannot be parsed")
                     yield await asyncio.to_thread(chunk.plain) if chunk.is_planes else chunk.data
             except BadPlanes as error:
                 raise CorruptTransfer(f"rank slice {blob.digest[:12]}: a chunk in byte planes: {error}") from None

@@ -78,7 +78,7 @@ def _profile(profile: RankProfile) -> pb.RankProfile:
 
 
 def download_chunk_of(message: bytes) -> Chunk:
-    """The chunk in a DownloadAdapterResponse. Raises DecodeError."""
+    """The chunk in a DownloadAdapterResponse. Raises DecodeError, of which gRPC makes a None in the stream."""
     chunk = chunk_in(message)
     if chunk is None:
         parsed = pb.DownloadAdapterResponse.FromString(message)

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc.aio
 import pytest
 from scripted_coordinator import Script, ScriptedCoordinator
 
@@ -149,6 +150,26 @@ async def test_no_more_slices_are_kept_than_the_next_round_can_use(line: Line) -
 async def test_a_slice_that_is_gone_says_so(line: Line) -> None:
     with pytest.raises(UnknownBlob, match="is gone"):
         await line.slices.fetch(Blob("0" * 64, 10))
+
+
+async def test_a_message_that_cannot_be_parsed_is_a_damaged_download(tmp_path: Path) -> None:
+    async def garbled(request: bytes, context: object) -> AsyncIterator[bytes]:
+        yield b"\x0a\xff\xff"  # field 1, and a length that never ends
+
+    server = grpc.aio.server()
+    methods = {"DownloadAdapter": grpc.unary_stream_rpc_method_handler(garbled)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("raflora.v1.FederationService", methods)])
+    where = CoordinatorAddress(address=f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    await server.start()
+    client = CoordinatorClient(where, Credentials("ada", "key", "0"))
+
+    with pytest.raises(CorruptTransfer, match=r"rank slice .*: a message that cannot be parsed"):
+        await anext(client.download(BLOB, 0))
+    with pytest.raises(CorruptTransfer, match="damaged 3 times in a row"):
+        await Slices(tmp_path / "slices", client, Contact(tmp_path, Clock())).fetch(BLOB)
+
+    await client.close()
+    await server.stop(None)
 
 
 async def _until_cut(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
