@@ -17,10 +17,10 @@ Matrix = NDArray[np.float64]
 
 _INDEPENDENT = 1e-6  # the least part of a reserve row outside all others; orthonormal rows are far above it
 _ROUNDOFF = float(np.finfo(np.float64).eps)
-# Of a triangle's longest to its shortest side: up to here one Cholesky decomposition leaves the columns orthonormal to
-# about 1e-11, far below float32, in which they are kept; up to there two are as good as Householder's.
-_FIT_FOR_ONE = 1e2
-_FIT_FOR_TWO = 1e5
+# Of the condition in Frobenius norms: up to here one Cholesky decomposition leaves the columns orthonormal to about
+# 1e-9, far below float32, in which they are kept; up to there two are as good as Householder's.
+_FIT_FOR_ONE = 2e3
+_FIT_FOR_TWO = 1e6
 
 
 @dataclass(frozen=True)
@@ -115,32 +115,25 @@ def _by_cholesky(stack: Matrix) -> tuple[Matrix, Matrix, Matrix] | None:
     A Gram matrix squares the condition. Where that matters it is done twice, the second time on columns that are
     nearly orthonormal, which leaves no more than rounding (CholeskyQR2, Fukaya et al. 2014).
     """
-    triangle = _triangle_of(stack, _FIT_FOR_TWO)
-    if triangle is None:
-        return None
-    inverse = _inverse_of(triangle)
-    if _gradation(triangle) <= _FIT_FOR_ONE:
+    triangle, inverse, condition = _triangle_of(stack)
+    if condition <= _FIT_FOR_ONE:
         return stack, inverse, triangle
+    if condition > _FIT_FOR_TWO:
+        return None
     basis = stack @ inverse
-    again = _triangle_of(basis, _FIT_FOR_ONE)
-    return None if again is None else (basis, _inverse_of(again), again @ triangle)
+    again, inverse, condition = _triangle_of(basis)
+    return (basis, inverse, again @ triangle) if condition <= _FIT_FOR_ONE else None
 
 
-def _triangle_of(stack: Matrix, most: float) -> Matrix | None:
+def _triangle_of(stack: Matrix) -> tuple[Matrix, Matrix, float]:
+    """A Gram matrix's upper triangle, its inverse, and a bound of their condition; infinite if there is none."""
     try:
         triangle = np.asarray(np.linalg.cholesky(stack.T @ stack).T, dtype=np.float64)
+        inverse = np.asarray(np.linalg.inv(triangle), dtype=np.float64)
     except np.linalg.LinAlgError:
-        return None
-    return triangle if _gradation(triangle) <= most else None
-
-
-def _inverse_of(triangle: Matrix) -> Matrix:
-    return np.asarray(np.linalg.inv(triangle), dtype=np.float64)
-
-
-def _gradation(triangle: Matrix) -> float:
-    sides = np.diag(triangle)
-    return float(sides.max() / sides.min()) if len(sides) else 1.0
+        return stack, stack, np.inf
+    # The sides of a triangle say little of its condition; the Frobenius norms bound it.
+    return triangle, inverse, float(np.linalg.norm(triangle) * np.linalg.norm(inverse))
 
 
 def _noise_of(left: Matrix, right: Matrix) -> float:

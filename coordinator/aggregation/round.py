@@ -2,7 +2,8 @@
 
 The result is a function of its input alone: not of the order of arrival, of the number of processes or of
 what maps the modules. Files are read where a method needs them: of one that averages products a few blocks of one
-module are in memory at a time and process, however many clients there are. Nothing here writes or waits.
+module are in memory at a time and worker, however many clients there are (in a layer narrower than five global ranks
+all of one module's factors are). Nothing here writes or waits.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

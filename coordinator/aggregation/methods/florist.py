@@ -5,6 +5,7 @@ sum_{i < p} S_i^2 >= energy_threshold * sum of all S_i^2, never above the global
 with rows that can be trained. energy_threshold 1 is FlexLoRA.
 
 - Down, per client and layer: (m + n) p (here (m + n) r_k, p of them not zero); up (m + n) r_k. Server: as FlexLoRA.
+  In a large stack the energy beyond the global rank is an estimate (a few per cent), and p can be one or a few off.
 - Known failure: FlexLoRA's collapse, and the threshold hastens it; one threshold does not fit every model.
 - Only the abstract was to be had. There all clients train at the shared rank p, which can be more than a small one can
   hold; here a client keeps its rank, and gets the first r_k directions as of every method.

@@ -12,7 +12,7 @@ examples. lam = 1 is the paper; an index that nobody of the round owns keeps P_i
 with q_i = N_i / N and n_eff = N_i^2 / sum of the owners' n_k^2.
 
 - Down and up, per client and layer: (m + n) r_k. Server: O((m + n) R r) for R = sum r_k stacked
-  directions, a few passes over the factors (small stacks by QR and SVD, O((m + n) R^2 + R^3)).
+  directions, a few passes over the factors (small stacks orthonormalised whole, and an SVD, O((m + n) R^2 + R^3)).
 - Known failure: an index with one noisy owner imports all its noise, and a high constant learning rate diverges
   earlier than FlexLoRA's: both are what shrinkage is for. With equal ranks it is FlexLoRA.
 - The paper's own code was not to be had. A public re-implementation leaves out the scaling and zeroes what nobody
