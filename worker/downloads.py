@@ -54,28 +54,32 @@ class Slices:
     async def _complete(self, blob: Blob, target: Path) -> None:
         expected = Expected(blob.digest, blob.size_bytes, whose=f"rank slice {blob.digest[:12]}")
         part = await _opened(target.with_suffix(_PART), expected)
+        disk = OneBehind()  # all that is done to the part: hashed and written while the next chunk arrives
         try:
             if not part.is_complete:
-                await self._contact.insist(lambda: self._continue(part, blob))
-            await asyncio.to_thread(part.finish, target)
+                await self._contact.insist(lambda: self._continue(part, disk, blob))
+            await disk.start(partial(asyncio.to_thread, part.finish, target))
+            await disk.settle()
             reach("download.completed")
         finally:
-            part.close()
+            # Who is cancelled again does not wait, but no file is closed under the thread that writes it.
+            await asyncio.shield(_wind_up(part, disk))
 
-    async def _continue(self, part: PartFile, blob: Blob) -> None:
+    async def _continue(self, part: PartFile, disk: OneBehind, blob: Blob) -> None:
         """One call from where the last one ended. Raises Unavailable if it ends early."""
-        offset, writing = part.committed_bytes, OneBehind()  # hashed and written while the next chunk arrives
+        offset = part.committed_bytes
         try:
             async with contextlib.aclosing(self._client.download(blob, offset)) as chunks:
                 async for chunk in chunks:
                     if not chunk:
                         raise CorruptTransfer(f"rank slice {blob.digest[:12]}: a chunk without bytes")
-                    await writing.start(partial(asyncio.to_thread, part.append, offset, chunk))
+                    await disk.start(partial(asyncio.to_thread, part.append, offset, chunk))
                     offset += len(chunk)
-            await writing.settle()
+            await disk.settle()
         finally:
-            await writing.abandon()
-            await asyncio.to_thread(part.sync)
+            await disk.abandon()
+            await disk.start(partial(asyncio.to_thread, part.sync))
+            await disk.settle()
         if not part.is_complete:
             raise Unavailable(
                 f"coordinator {self._client.address}: a download ended after {offset} of {blob.size_bytes} bytes"
@@ -100,6 +104,18 @@ async def _opened(path: Path, expected: Expected) -> PartFile:
     except asyncio.CancelledError:
         opening.add_done_callback(_close)
         raise
+
+
+async def _wind_up(part: PartFile, disk: OneBehind) -> None:
+    await disk.abandon()
+    await asyncio.to_thread(_end, part)
+
+
+def _end(part: PartFile) -> None:
+    try:
+        part.sync()
+    finally:
+        part.close()
 
 
 def _close(opening: asyncio.Future[PartFile]) -> None:

@@ -1,6 +1,8 @@
 """The worker's uploads and downloads of real sizes over real gRPC, cut and damaged on the way."""
 
+import asyncio
 import hashlib
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +12,9 @@ import pytest
 from scripted_coordinator import Script, ScriptedCoordinator
 
 from common.errors import CorruptTransfer, Unavailable, UnknownBlob
-from common.transfer import CHUNK_BYTES
+from common.transfer import CHUNK_BYTES, PartFile
 from worker import client as client_module
-from worker import uploads
+from worker import downloads, uploads
 from worker.client import CoordinatorClient, Credentials
 from worker.config import CoordinatorAddress
 from worker.contact import Clock, Contact
@@ -150,6 +152,36 @@ async def test_no_more_slices_are_kept_than_the_next_round_can_use(line: Line) -
 async def test_a_slice_that_is_gone_says_so(line: Line) -> None:
     with pytest.raises(UnknownBlob, match="is gone"):
         await line.slices.fetch(Blob("0" * 64, 10))
+
+
+async def test_who_drops_a_download_for_good_closes_no_file_under_the_thread_that_writes_it(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_held, may_go_on, is_closed = threading.Event(), threading.Event(), threading.Event()
+
+    class SlowPart(PartFile):
+        def append(self, offset: int, data: bytes | memoryview) -> None:
+            is_held.set()
+            assert may_go_on.wait(timeout=30)
+            super().append(offset, data)
+
+        def close(self) -> None:
+            super().close()
+            is_closed.set()
+
+    monkeypatch.setattr(downloads, "PartFile", SlowPart)
+    fetching = asyncio.create_task(line.slices.fetch(BLOB))
+    assert await asyncio.to_thread(is_held.wait, 30)
+    for _ in range(100):  # as often as it waits for something on its way out
+        fetching.cancel()
+        await asyncio.sleep(0)
+    assert fetching.cancelled()
+    assert not is_closed.is_set()
+
+    may_go_on.set()
+    assert await asyncio.to_thread(is_closed.wait, 30)
+    part = line.folder / "slices" / f"{BLOB.digest}.part"
+    assert part.read_bytes() == CONTENT[:CHUNK_BYTES]
 
 
 async def test_a_message_that_cannot_be_parsed_is_a_damaged_download(tmp_path: Path) -> None:

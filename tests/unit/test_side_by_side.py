@@ -61,6 +61,35 @@ async def test_an_error_of_the_source_comes_out_where_it_belongs(fails_at: int) 
     assert got == list(range(fails_at)) or (fails_at == 1 and not got)  # the first two are made together
 
 
+async def test_a_source_is_closed_by_its_own_thread_when_nobody_waits_for_it_any_more() -> None:
+    entered, may_go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def held() -> Generator[int]:
+        try:
+            entered.set()
+            assert may_go_on.wait(timeout=30)
+            yield 1
+        finally:
+            closed.set()
+
+    source = held()  # kept, so that it is not closed for want of owners
+
+    async def read_all() -> None:
+        async for _ in one_ahead(source):
+            pass
+
+    reading = asyncio.create_task(read_all())
+    assert await asyncio.to_thread(entered.wait, 30)
+    reading.cancel()
+    await asyncio.sleep(0)  # it waits now for the thread that is in the source
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert not closed.is_set()
+    may_go_on.set()
+    assert await asyncio.to_thread(closed.wait, 30)
+
+
 async def test_one_thing_is_done_after_another_beside_the_caller() -> None:
     done: list[int] = []
     gate = asyncio.Event()
@@ -102,6 +131,25 @@ async def test_a_caller_that_is_cancelled_leaves_the_work_to_its_end() -> None:
     behind = OneBehind()
     await behind.start(do)
     waiting = asyncio.create_task(behind.settle())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    gate.set()
+    await behind.abandon()
+    assert ended.is_set()
+
+
+async def test_what_a_cancelled_caller_no_longer_waits_for_can_be_waited_for_again() -> None:
+    gate, ended = asyncio.Event(), asyncio.Event()
+
+    async def do() -> None:
+        await gate.wait()
+        ended.set()
+
+    behind = OneBehind()
+    await behind.start(do)
+    waiting = asyncio.create_task(behind.abandon())
     await asyncio.sleep(0)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
