@@ -68,7 +68,7 @@ async def test_a_source_is_closed_by_its_own_thread_when_nobody_waits_for_it_any
         try:
             entered.set()
             assert may_go_on.wait(timeout=30)
-            yield 1
+            yield from range(9)
         finally:
             closed.set()
 
