@@ -14,10 +14,11 @@ from threadpoolctl import threadpool_limits
 from benchmarks.aggregation.contenders import Machine, dense_product, full_svd, padded_mean, raflora, stacked_qr
 from benchmarks.aggregation.exactness import excess_error
 from benchmarks.aggregation.inputs import Case, Inputs, inputs_of
-from benchmarks.aggregation.memory import LAYERS, growth_megabytes, job_of, write_inputs
+from benchmarks.aggregation.memory import LAYERS, growth_mib, job_of, write_inputs
 from benchmarks.interleaved import Figure, Goal, Spread, Turn, cpu_ratio, take_turns
 from common.codec import digest_of, encode
 from coordinator.aggregation.round import AggregationJob, aggregate, initialise_pool
+from coordinator.merging import MAX_THREADS
 
 PART = "aggregation"
 _FEW, _MANY = 10, 1000  # clients of the rounds whose memory is compared
@@ -118,19 +119,22 @@ def _memory(after_turn: Callable[[str], None], _: int) -> list[Figure]:
         folder = Path(name)
         write_inputs(folder)
         few, many = (_grown(folder, clients, after_turn) for clients in (_FEW, _MANY))
-    note = f"peak growth through aggregate(job) from files; {LAYERS} of LLaMA-3B's 28 layers' q and v, once"
+    note = (
+        "peak growth through aggregate from files, on as many threads as a coordinator has by default (its cores, at "
+        f"most {MAX_THREADS}); {LAYERS} of LLaMA-3B's 28 layers' q and v, once"
+    )
     same = f"{note}; the clients share ten distinct files"
     ratio, limit = Goal(1.2, 1.1, at_least=False), Goal(512, 256, at_least=False)
     return [
         Figure(PART, f"memory, {_MANY} clients over {_FEW}", Spread.of([many / few]), "x", ratio, same),
-        Figure(PART, f"memory, {_MANY} clients", Spread.of([many]), "MB", limit, same),
-        Figure(PART, f"memory, {_FEW} clients", Spread.of([few]), "MB", limit, note),
+        Figure(PART, f"memory, {_MANY} clients", Spread.of([many]), "MiB", limit, same),
+        Figure(PART, f"memory, {_FEW} clients", Spread.of([few]), "MiB", limit, note),
     ]
 
 
 def _grown(folder: Path, clients: int, after_turn: Callable[[str], None]) -> float:
     after_turn("memory")
-    return growth_megabytes(folder, clients)
+    return growth_mib(folder, clients)
 
 
 def _bytes(after_turn: Callable[[str], None], repetitions: int) -> list[Figure]:

@@ -1,5 +1,6 @@
 """How much a process grows while it aggregates a round from files: `python -m benchmarks.aggregation.memory FOLDER K`.
 
+Modules are merged side by side on threads, as a coordinator does it by default.
 The layers are LLaMA-3B's q_proj and v_proj. A folder has two different files of every rank; further clients are hard
 links to them in all but name: the same path read again, as often as there are clients.
 """
@@ -14,8 +15,10 @@ import numpy as np
 from benchmarks.aggregation.inputs import GLOBAL_RANK, RANKS
 from common.adapter import Adapter, AdapterSpec, Factors, ModuleShape, initial_adapter
 from common.codec import WireDtype, encode
+from common.memory import keep_memory_flat
 from coordinator.aggregation.method import MethodOptions
 from coordinator.aggregation.round import AggregationInput, AggregationJob, aggregate
+from coordinator.merging import make_pool
 
 LAYERS = 2  # of LLaMA-3B's 28: a thousand clients take ten seconds then
 VARIANTS = 2
@@ -59,7 +62,7 @@ def job_of(folder: Path, clients: int, layers: int = LAYERS) -> AggregationJob:
     return AggregationJob(spec, WireDtype.FLOAT32, GLOBAL_RANK, previous, tuple(inputs), options, RANKS)
 
 
-def growth_megabytes(folder: Path, clients: int) -> float:
+def growth_mib(folder: Path, clients: int) -> float:
     """Of a fresh process, from before the round to its peak."""
     command = [sys.executable, "-m", "benchmarks.aggregation.memory", str(folder), str(clients)]
     answer = subprocess.run(command, capture_output=True, check=True, timeout=_SECONDS)
@@ -67,13 +70,15 @@ def growth_megabytes(folder: Path, clients: int) -> float:
 
 
 def main() -> None:
-    """One round; prints by how many megabytes this process grew."""
+    """One round; prints by how many MiB this process grew."""
+    keep_memory_flat()  # as a coordinator does at its start
     job = job_of(Path(sys.argv[1]), int(sys.argv[2]))
     np.linalg.svd(np.ones((256, 256)) @ np.ones((256, 256)))  # BLAS takes its own buffers at first use
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
-    before = _status_megabytes("VmRSS")
-    aggregate(job)
-    print(json.dumps(_status_megabytes("VmHWM") - before))
+    before = _status_mib("VmRSS")
+    with make_pool(0) as pool:
+        aggregate(job, pool.map)
+    print(json.dumps(_status_mib("VmHWM") - before))
 
 
 def _moved(factors: Factors, rank: int, rng: np.random.Generator) -> Factors:
@@ -83,7 +88,7 @@ def _moved(factors: Factors, rank: int, rng: np.random.Generator) -> Factors:
     return Factors(A + step_A, B + step_B)
 
 
-def _status_megabytes(field: str) -> float:
+def _status_mib(field: str) -> float:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 

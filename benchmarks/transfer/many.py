@@ -26,7 +26,7 @@ _IDLE_SECONDS = 5.0
 class Many:
     """What was seen of the coordinator while the bytes arrived."""
 
-    growth_mb: float
+    growth_mib: float
     late_seconds: list[float]  # of its event loop: the worst of every tenth of a second
     idle_late_seconds: list[float]  # the same just before, with nothing to do: what the machine adds
     seconds: float
@@ -58,7 +58,7 @@ async def measure(folder: Path, num_clients: int, megabytes: int, progress: Call
             await asyncio.gather(*map(Client.upload, clients, tasks, payloads))
             until, after = time.monotonic(), usage_of(coordinator.pid)
     return Many(
-        growth_mb=(after.peak_bytes - before.rss_bytes) / MIB,
+        growth_mib=(after.peak_bytes - before.rss_bytes) / MIB,
         late_seconds=lateness(watch, since, until),
         idle_late_seconds=lateness(watch, idle_since, since),
         seconds=until - since,

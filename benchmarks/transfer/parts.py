@@ -60,7 +60,7 @@ def _many(progress: Progress, repetitions: int) -> list[Figure]:
     usual = late[round(0.99 * (len(late) - 1))]
     return [
         Figure(
-            "transfer", f"{name}: growth", Spread.of([seen.growth_mb]), "MB", Goal(64, 32, at_least=False), "one run"
+            "transfer", f"{name}: growth", Spread.of([seen.growth_mib]), "MiB", Goal(64, 32, at_least=False), "one run"
         ),
         Figure(
             "transfer", f"{name}: event loop late, worst", Spread.of([late[-1]]), "ms", Goal(100, 20, at_least=False)
