@@ -61,12 +61,20 @@ def read(path: Path = RECORDED) -> Recorded:
 
 
 def write(figures: Iterable[Figure], setting: Mapping[str, str], path: Path = RECORDED) -> None:
-    """Records these figures; others that stand there already stay, for a run of one part."""
+    """Records these figures, and with each part when and where it was measured last; other parts stay as they are."""
     measured = [figure for figure in figures if not math.isnan(figure.value.median)]
     known = {**read(path), **{_key(figure): figure.value for figure in measured}}
     plain = {key: {"median": s.median, "low": s.low, "high": s.high} for key, s in sorted(known.items())}
-    content = {"setting": dict(setting), "figures": plain}
+    settings = {**settings_of(path), **{figure.part: dict(setting) for figure in measured}}
+    content = {"settings": dict(sorted(settings.items())), "figures": plain}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def settings_of(path: Path = RECORDED) -> dict[str, dict[str, str]]:
+    """By part, when, where and with what it was recorded last."""
+    if not path.exists():
+        return {}
+    return dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
 
 
 def _key(figure: Figure) -> str:

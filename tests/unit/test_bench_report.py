@@ -84,11 +84,19 @@ def test_less_is_better_where_the_goal_says_so_and_nobody_knows_without_a_goal()
     assert change.sentence == "rounds: memory is 120 KB; recorded was 80 (79 to 81)."
 
 
-def test_recording_one_part_keeps_the_others(tmp_path: Path) -> None:
+def test_recording_one_part_keeps_the_figures_of_the_others(tmp_path: Path) -> None:
     path = tmp_path / "recorded.json"
     recorded.write([FASTER], SETTING, path)
     recorded.write([FLAT, ABSENT], SETTING, path)
     assert recorded.read(path) == {"rounds/round": FASTER.value, "rounds/memory": FLAT.value}
+
+
+def test_recording_one_part_leaves_the_others_their_day_and_machine(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "recorded.json", {"date": "2026-12-24", "cores": "64"}
+    alone = Figure("transfer", "upload", Spread(0.7, 0.6, 0.8), "of raw TCP")
+    recorded.write([FASTER, alone], SETTING, path)
+    recorded.write([alone, ABSENT], elsewhere, path)
+    assert recorded.settings_of(path) == {"rounds": SETTING, "transfer": elsewhere}
 
 
 def test_a_picture_shows_what_has_a_goal_and_a_number(tmp_path: Path) -> None:
