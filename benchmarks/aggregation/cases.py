@@ -1,9 +1,7 @@
 """The cases of the aggregation part, and what each of them is held to."""
 
-import multiprocessing
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -17,8 +15,8 @@ from benchmarks.aggregation.inputs import Case, Inputs, inputs_of
 from benchmarks.aggregation.memory import LAYERS, growth_mib, job_of, write_inputs
 from benchmarks.interleaved import Figure, Goal, Spread, Turn, cpu_ratio, take_turns
 from common.codec import digest_of, encode
-from coordinator.aggregation.round import AggregationJob, aggregate, initialise_pool
-from coordinator.merging import MAX_THREADS
+from coordinator.aggregation.round import AggregationJob, aggregate
+from coordinator.merging import MAX_THREADS, make_pool
 
 PART = "aggregation"
 _FEW, _MANY = 10, 1000  # clients of the rounds whose memory is compared
@@ -138,8 +136,7 @@ def _grown(folder: Path, clients: int, after_turn: Callable[[str], None]) -> flo
 
 
 def _bytes(after_turn: Callable[[str], None], repetitions: int) -> list[Figure]:
-    """The share of runs that end in the same bytes: other orders of arrival, one to three processes."""
-    spawn = multiprocessing.get_context("spawn")
+    """The share of runs that end in the same bytes: other orders of arrival, threads, one to three processes."""
     with tempfile.TemporaryDirectory(prefix="raflora-bench-") as name:
         folder = Path(name)
         write_inputs(folder, layers=1)
@@ -147,10 +144,13 @@ def _bytes(after_turn: Callable[[str], None], repetitions: int) -> list[Figure]:
         expected, same = _digest(job), []
         for turn in range(repetitions):
             shuffled = replace(job, inputs=(*job.inputs[turn::2], *job.inputs[:turn], *job.inputs[turn + 1 :: 2]))
-            with ProcessPoolExecutor(1 + turn % 3, mp_context=spawn, initializer=initialise_pool) as pool:
+            with make_pool(turn % 4) as pool:
                 same.append(digest_of(encode(aggregate(shuffled, pool.map).adapter)) == expected)
             after_turn("bytes")
-    note = "shuffled arrival, in 1, 2 and 3 processes, against one process in order"
+    note = (
+        "shuffled arrival, on a coordinator's default threads and in 1, 2 and 3 processes, against one thread in "
+        "order; nothing is restarted here: tests/integration/test_restart.py holds restarts to the same bytes"
+    )
     return [Figure(PART, "same bytes", Spread.of([sum(same) / len(same)]), "of all runs", Goal(1, 1), note)]
 
 
