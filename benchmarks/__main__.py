@@ -5,7 +5,8 @@
     rounds        rounds of two workers against Flower's, and a thousand workers that wait
     rivals        our aggregation beside what NVIDIA FLARE, chorus-fl and Flower install
 
-Contenders take turns; every figure is the median of at least five turns, between the lowest and the highest. Nothing
+Contenders take turns; a figure is the median of at least five turns, between the lowest and the highest, but for the
+memory of a merge, many uploads at once, workers that wait and bytes on the wire: those are run once. Nothing
 here passes or fails: what is below its bar, what could not be measured and what is worse than recorded is named.
 `python -m benchmarks.worker_step` and `worker_round`, `load` and `theorem` are measurements apart.
 """
