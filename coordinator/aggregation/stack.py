@@ -58,8 +58,9 @@ class Stack:
     def noise(self) -> float:
         """How large a singular value float32 makes out of rounding alone; not finite if an update is not.
 
-        Every client's term errs on its own, relative to its own norm: updates that cancel leave noise, and noise is
-        not a direction.
+        Every client's term errs on its own, relative to the sum of its directions' norms (they may all be one and the
+        same direction): updates that cancel leave noise, and noise is not a direction. Weights differ by index, so each
+        direction counts with its own: the greatest for all of them would bury what a lone owner has.
         """
         return _NOISE * float(np.finfo(np.float32).eps) * float(np.linalg.norm(self._terms))
 
@@ -113,8 +114,9 @@ class Stack:
     def _note(self, entry: Weighted, lora_A: Array, weights: Array, lora_B: Array) -> None:
         """What is told by the first reading: the terms' norms, and the mean of the lora_A by the weights."""
         with np.errstate(over="ignore", invalid="ignore"):
-            squares = float(np.vdot(lora_A, lora_A)) * float(np.vdot(lora_B, lora_B))
-            self._terms.append(float(np.abs(entry.weights).max()) * squares**0.5)
+            rows = np.einsum("ij,ij->i", lora_A, lora_A).astype(np.float64)
+            columns = np.einsum("ij,ij->j", lora_B, lora_B).astype(np.float64)
+            self._terms.append(float(np.sqrt(rows * columns) @ np.abs(entry.weights)))
             self.mean_rows[: entry.part.rank] += lora_A * weights
 
     def _room_for(self, index: int, rows: int, *, first: bool) -> _Block:

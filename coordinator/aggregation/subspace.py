@@ -3,7 +3,9 @@
 A half pass is one multiplication of a block of columns by the operator or by its transpose. Two bases grow in turn,
 P of the row space and Q of the column space, and T = Q^T W P is all that has to be decomposed: its truncated SVD is
 the best that the two bases can say. It is subspace iteration that forgets nothing, so that a good start needs four half
-passes and a flat spectrum a few more. Panels, T and everything small are float64. Nothing here knows clients or files.
+passes and a flat spectrum a few more. Two bases that have settled may both be blind to the same directions: fresh
+random columns look for those before the end. Panels, T and everything small are float64. Nothing here knows clients
+or files.
 """
 
 from collections.abc import Callable
@@ -20,10 +22,13 @@ TOLERANCE = 1e-8  # of the error over that of the optimal truncation
 MAX_HALF_PASSES = 30
 _PROBED = 3  # the half pass that multiplies the probes too
 PROBES = 8  # random columns beside the second block: they meet what the start cannot see, and what is cut off
-_GRADED = 1e3  # a panel whose columns differ by more is orthonormalised twice
+# A random frame of PROBES columns meets a given direction among N with a square below this over N once in 4 million.
+_MET = 0.1
+_LOOK = 2  # half passes of a look at most
+_REFUSED = 1e-2  # a residual, over the last value, with which nothing has converged whatever is predicted
+_GRADED = 1e3  # of the condition: beyond it a panel is orthonormalised twice
 _SINGULAR = 1e6  # beyond it the gram matrix, whose condition is the square, says too little
 _SQUARED = 1e-3  # of the largest value: down to it the squares' eigenvectors are as good as singular vectors
-_CLEAR = 4.0  # how far above the floor no direction can hide below it, in practice
 _ALIKE = 1e-4  # start columns of length one whose combinations are shorter are the same directions
 _ROUNDOFF = float(np.finfo(np.float32).eps)
 
@@ -144,7 +149,11 @@ class _Iteration:
         self._P = _Basis(self._new, in_features, 3 * (rank + PROBES))
         self._Q = _Basis(np.zeros((out_features, 0)), out_features, 2 * (rank + PROBES))
         self._core = _Core(np.zeros((0, rank)), rank)
-        self._half_passes = 0
+        self._steps = 0  # half passes that let a basis grow, forward and backward in turn
+        self._looks = 0  # half passes that looked for what both bases miss
+        self._probes = PROBES  # columns of the next look
+        self._is_looked_for = False  # whether the last look found nothing above the last triplet
+        self._is_settled = False  # whether the bases gain no more by themselves
         self._fresh = rank  # columns of the newest block without the probes
         self._gram: Matrix = np.zeros((0, 0))  # of what the last half pass found outside of the basis
         self._outside = _Outside(self._core, np.zeros((0, 0)), is_right=True)
@@ -153,22 +162,24 @@ class _Iteration:
     @property
     def is_over(self) -> bool:
         """Whether another half pass would gain nothing, or cannot be afforded."""
-        return self.is_converged or self._half_passes >= MAX_HALF_PASSES
+        needed = _LOOK + 1 if self._is_settled else 1
+        return self.is_converged or self._steps + self._looks + needed > MAX_HALF_PASSES
 
     @property
     def is_converged(self) -> bool:
-        """Whether the remaining gain is below the tolerance. The probes must have been multiplied for that."""
-        if self._half_passes < _PROBED:
-            return False
-        return bool(self._new.shape[1] == 0 or self._remaining() <= self._allowed())
+        """Whether the remaining gain is below the tolerance, and nothing large was found outside of both bases."""
+        return self._is_looked_for and self._is_settled
 
     def advance(self) -> None:
-        """One half pass."""
-        self._half_passes += 1
-        if self._half_passes % 2:
+        """One half pass, and a look for what is hidden before it if nothing else is to be gained."""
+        if self._is_settled and not self._finds_hidden():
+            return
+        self._steps += 1
+        if self._steps % 2:
             self._forward()
         else:
             self._backward()
+        self._is_settled = self._gains_nothing()
 
     def result(self) -> Triplets:
         """What the bases hold now."""
@@ -182,18 +193,18 @@ class _Iteration:
             right=self._P.columns @ ritz.right[:, :live],
             energy_lost=self._lost(),
             residual=self._outside.residual() / float(values[-1]) if live else 0.0,
-            half_passes=self._half_passes,
+            half_passes=self._steps + self._looks,
             is_converged=self.is_converged,
         )
 
     def _forward(self) -> None:
         known = self._P.width
-        if self._half_passes == _PROBED:
+        if self._steps == _PROBED:
             probes = _outside(self._P.columns, self._rng.standard_normal((self._operator.shape[1], PROBES)))
             self._P.append(probes)
             self._new = np.hstack([self._new, probes])
-        images = self._multiply(self._operator.forward)
-        if self._half_passes == _PROBED:
+        images = _multiplied(self._operator.forward, self._new)
+        if self._steps == _PROBED:
             beyond = float(np.sum(images[:, -PROBES:] ** 2)) * (self._operator.shape[1] - known) / PROBES
         coefficients = self._Q.project(images)
         block, triangle, gram = orthonormal(images, self._noise)
@@ -204,22 +215,70 @@ class _Iteration:
         self._core = _Core(np.vstack([above, below]), self._rank)
         self._Q.append(block)
         self._new, self._fresh = block, block.shape[1]
-        if self._half_passes == _PROBED:
+        if self._steps == _PROBED:
             self._total = float(np.sum(self._core.T[:, :known] ** 2)) + beyond
 
     def _backward(self) -> None:
-        images = self._multiply(self._operator.backward)
-        self._P.project(images)
+        images = _multiplied(self._operator.backward, self._new)
+        coefficients = self._P.project(images)
         block, triangle, gram = orthonormal(images, self._noise)
         self._found(gram, is_right=False)
+        # T does not know yet what a look added to Q.
+        T = np.vstack([self._core.T, coefficients[:, self._fresh :].T])
         beside = np.zeros((self._Q.width, block.shape[1]))
         beside[self._Q.width - self._new.shape[1] :] = triangle.T
-        self._core = _Core(np.hstack([self._core.T, beside]), self._rank)
+        self._core = _Core(np.hstack([T, beside]), self._rank)
         self._P.append(block)
         self._new, self._fresh = block, block.shape[1]
 
-    def _multiply(self, half: Callable[[Array], Array]) -> Matrix:
-        return half(self._new.astype(np.float32)).astype(np.float64)
+    def _finds_hidden(self) -> bool:
+        """Multiply fresh probes, there and back, by what neither basis knows; what is too large joins the newest block.
+
+        More directions of equal value than there were probes leave a part that no Krylov space of theirs reaches.
+        What the look measures is a lower bound, so that nothing is ever added in vain.
+        """
+        # One basis is finished: all its images lie within the other one, whose newest block is not multiplied yet.
+        finished, other = (self._P, self._Q) if self._steps % 2 else (self._Q, self._P)
+        there, back = self._operator.forward, self._operator.backward
+        if finished is self._Q:
+            there, back = back, there
+        rows, last = len(finished.columns), self._last()
+        unknown = rows - finished.width
+        count = min(self._probes, unknown)
+        self._is_looked_for = True
+        if count == 0:
+            return False
+        images = _multiplied(there, _outside(finished.columns, self._rng.standard_normal((rows, count))))
+        self._looks += 1
+        self._total = float(np.sum(self._core.T**2) + np.sum(images**2) * unknown / count)
+        other.project(images)
+        if _length(images) * (unknown / _MET) ** 0.5 > last:
+            block, _, _ = orthonormal(images, 0.0)
+            images = _multiplied(back, block)
+            self._looks += 1
+            finished.project(images)
+            if _length(images) > last:
+                other.append(block)
+                self._new = np.hstack([self._new, block])
+                self._probes = max(PROBES, self._rank)  # where there is one there are more
+                self._is_looked_for = False
+        self._is_settled = self._is_looked_for and self._gains_nothing()
+        return not self._is_looked_for
+
+    def _last(self) -> float:
+        """The least value that a direction needs to be one of the triplets."""
+        values = self._core.ritz.values
+        return max(float(values[self._rank - 1]) if len(values) >= self._rank else 0.0, self._noise)
+
+    def _gains_nothing(self) -> bool:
+        """Whether the bases gain no more by themselves. The probes must have been multiplied for that."""
+        if self._steps < _PROBED:
+            return False
+        # Rounding leaves a residual of its own, however small the last value is.
+        rounding = self._noise * self._rank**0.5
+        if self._outside.residual() > max(_REFUSED * self._last(), rounding):
+            return False
+        return bool(self._new.shape[1] == 0 or self._remaining() <= self._allowed())
 
     def _found(self, gram: Matrix, *, is_right: bool) -> None:
         self._gram = gram
@@ -233,7 +292,7 @@ class _Iteration:
         yet, and is taken for as large as what led to the block. A close next value slows the convergence down.
         """
         ritz = self._core.ritz
-        vectors, values = ritz.right if self._half_passes % 2 == 0 else ritz.left, ritz.values
+        vectors, values = ritz.right if self._steps % 2 == 0 else ritz.left, ritz.values
         live = min(self._rank, int(np.count_nonzero(values > self._noise)))
         parts = vectors[len(vectors) - self._new.shape[1] :, :live]
         residuals = float(np.linalg.norm(self._gram, 2)) * np.sum(parts**2, axis=0)
@@ -270,10 +329,15 @@ def _by_cholesky(panel: Matrix, gram: Matrix, floor: float) -> tuple[Matrix, Mat
         triangle = _cholesky(gram)
     except np.linalg.LinAlgError:
         return None
-    sides = np.diag(triangle)
-    if len(sides) == 0 or sides.min() <= max(_CLEAR * floor, sides.max() / _SINGULAR):
+    if len(triangle) == 0:
         return None
-    return panel @ np.linalg.inv(triangle), triangle, bool(sides.max() > _GRADED * sides.min())
+    inverse = np.linalg.inv(triangle)
+    # The sides of a triangle do not bound its condition, the norms of the two do.
+    reach = float(np.linalg.norm(inverse))  # no direction of the panel is shorter than one over it
+    condition = float(np.linalg.norm(triangle)) * reach / len(triangle)
+    if not (reach * floor < 1.0 and condition < _SINGULAR):
+        return None
+    return panel @ inverse, triangle, condition > _GRADED
 
 
 def _cholesky(gram: Matrix) -> Matrix:
@@ -287,6 +351,15 @@ def _by_eigenvalues(panel: Matrix, gram: Matrix, floor: float) -> tuple[Matrix, 
     kept = squares > max(floor**2, largest / _SINGULAR**2)
     roots = np.sqrt(squares[kept])
     return panel @ (vectors[:, kept] / roots), roots[:, None] * vectors[:, kept].T, True
+
+
+def _multiplied(half: Callable[[Array], Array], columns: Matrix) -> Matrix:
+    return half(columns.astype(np.float32)).astype(np.float64)
+
+
+def _length(panel: Matrix) -> float:
+    """The 2-norm, of few columns."""
+    return float(np.sqrt(max(np.linalg.eigvalsh(panel.T @ panel)[-1], 0.0)))
 
 
 def _filled(start: Matrix, rank: int, rng: np.random.Generator) -> Matrix:
