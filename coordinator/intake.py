@@ -7,7 +7,7 @@ import asyncio
 import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -115,8 +115,7 @@ class Intake:
         if announced != digest:
             raise UnknownBlob(f"client {client_id!r}: no upload of {digest[:12]} is open; announce it first")
         check_lease_holds(self._training_task_of(client_id), lease_token, f"client {client_id!r}")
-        with self.ledger.stream(client_id):
-            return await self._receive(client_id, digest, offset, chunks)
+        return await self._receive(client_id, digest, offset, chunks)
 
     async def _receive(
         self, client_id: str, digest: str, offset: int, chunks: AsyncIterator[bytes | memoryview]
@@ -125,6 +124,8 @@ class Intake:
         arrival = self._uploads.arrival(client_id, digest)
         ends_at = asyncio.get_running_loop().time() + STREAM_SECONDS
         writing = OneBehind()  # hashed and written while the next chunk arrives
+        place = ExitStack()
+        place.enter_context(self.ledger.stream(client_id))  # until nothing is written any more
         try:
             while (chunk := await _next_of(chunks, ends_at, whose)) is not None:
                 if not chunk:
@@ -140,17 +141,18 @@ class Intake:
             self.ledger.forget(client_id)
             raise
         finally:
-            await self._to_the_end(self._wind_up(writing, arrival))
+            await self._to_the_end(self._wind_up(writing, arrival, place))
 
     async def _write(self, arrival: Arrival, offset: int, chunk: bytes | memoryview) -> None:
         # A small chunk waits for the disk and not for a processor, and the disk serves many at once.
         async with self._writes if len(chunk) > SMALL_CHUNK_BYTES else nullcontext():
             await self._foundation.on_disk(arrival.take, offset, chunk)
 
-    async def _wind_up(self, writing: OneBehind, arrival: Arrival) -> None:
-        await writing.abandon()
-        if arrival.has_to_be_closed:
-            await self._foundation.on_disk(arrival.close)
+    async def _wind_up(self, writing: OneBehind, arrival: Arrival, place: ExitStack) -> None:
+        with place:
+            await writing.abandon()
+            if arrival.has_to_be_closed:
+                await self._foundation.on_disk(arrival.close)
 
     async def committed_bytes(self, client_id: str, enrol_key: str, digest: str) -> int:
         """How much of an upload is durable."""

@@ -12,15 +12,18 @@ from coordinators import BASE_MODEL, SPEC
 from lone_site import CONTENT, DIGEST, KEY, RANK, HeldJournal, blobs_of, lonely, running, stream
 
 import coordinator.intake
+import coordinator.stores.uploads
 from common.codec import digest_of, encode
-from common.errors import InvalidRequest, LeaseSuperseded, StorageFailed, TooBusy, UnknownBlob
+from common.errors import InvalidRequest, LeaseSuperseded, QuotaExceeded, StorageFailed, TooBusy, UnknownBlob
 from coordinator.federation.requests import Outcome
 from coordinator.federation.state import Profile
+from coordinator.intake import Intake
 from coordinator.publishing import PublishedAdapter
 from coordinator.service import CoordinatorService
 from coordinator.slices import BlobReference
 from coordinator.stores.blobs import FileBlobs
 from coordinator.stores.journal import MemoryJournal
+from coordinator.stores.uploads import Arrival
 
 
 class SlowBlobs(FileBlobs):
@@ -197,6 +200,44 @@ async def test_a_sender_that_falls_silent_gives_its_place_away_and_goes_on_later
         monkeypatch.undo()
         assert await intake.begin_upload("ada", KEY, ada.lease_token, reference) == 100
         assert await intake.receive("ada", KEY, DIGEST, 100, stream(CONTENT[100:])) == len(CONTENT)
+
+
+def has_room(intake: Intake, client_id: str) -> bool:
+    try:
+        with intake.ledger.stream(client_id):
+            return True
+    except QuotaExceeded:
+        return False
+
+
+async def test_a_sender_that_is_gone_keeps_its_place_until_nothing_of_it_is_written_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_held, may_go_on = threading.Event(), threading.Event()
+
+    class SlowArrival(Arrival):
+        def take(self, offset: int, data: bytes | memoryview) -> None:
+            is_held.set()
+            assert may_go_on.wait(timeout=30)
+            super().take(offset, data)
+
+    monkeypatch.setattr(coordinator.stores.uploads, "Arrival", SlowArrival)
+    config = lonely(tmp_path, limits__max_uploads=1)
+    async with running(CoordinatorService(config, MemoryJournal(), blobs_of(config))) as ada:
+        await ada.fetch()
+        intake = Intake(ada.service.foundation, ada.service.known_member, lambda _: "the clinic of both")
+        await intake.begin_upload("ada", KEY, ada.lease_token, BlobReference(DIGEST, len(CONTENT)))
+        tasks_before = asyncio.all_tasks()
+        sending = asyncio.create_task(intake.receive("ada", KEY, DIGEST, 0, stream(CONTENT)))
+        assert await asyncio.to_thread(is_held.wait, 30)
+        while not sending.done():
+            sending.cancel()
+            await asyncio.sleep(0)
+        assert not has_room(intake, "bob")
+        may_go_on.set()
+        await asyncio.wait(asyncio.all_tasks() - tasks_before, timeout=30)
+        assert has_room(intake, "bob")
+        intake.close()
 
 
 async def test_a_sender_of_many_small_chunks_is_timed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
