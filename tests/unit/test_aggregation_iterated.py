@@ -3,12 +3,13 @@
 import tracemalloc
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from aggregation_cases import FLEXLORA, RAFLORA, assert_alive, factors_of, label, product, single
+from aggregation_cohorts import RANK, RANKS, Cohort, cohort, excess, merge
 from dense_reference import Client, flexlora, raflora
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from common.codec import Layout, WireDtype, decode, digest_of, encode, name_of_l
 from common.errors import NotFinite
 from coordinator.aggregation import stacking, subspace
 from coordinator.aggregation.low_rank import Matrix
-from coordinator.aggregation.method import Merged, MethodOptions
+from coordinator.aggregation.method import MethodOptions
 from coordinator.aggregation.methods import make_method
 from coordinator.aggregation.round import (
     AggregationInput,
@@ -31,68 +32,7 @@ from coordinator.aggregation.stack import BLOCK_ROWS, Stack, Weighted
 from coordinator.aggregation.subspace import leading_triplets
 from coordinator.aggregation.updates import HeldPart
 
-RANK = 16
-RANKS = (2, 4, 8, 12, 16)
 few = settings(max_examples=4, deadline=None)
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """A global module and a round's clients, enough of them that their stack is large."""
-
-    previous: Factors
-    clients: tuple[Client, ...]
-
-    @property
-    def PB(self) -> Matrix:
-        return self.previous.lora_B.astype(np.float64)
-
-    @property
-    def PA(self) -> Matrix:
-        return self.previous.lora_A.astype(np.float64)
-
-
-def cohort(kind: str, seed: int = 0, *, shape: tuple[int, int] = (150, 97), clients: int = 30) -> Cohort:
-    """As benchmarks/aggregation/inputs.py makes them: 'real', 'first' or 'flat'."""
-    rng = np.random.default_rng(seed)
-    U, _ = np.linalg.qr(rng.standard_normal((shape[0], RANK)))
-    V, _ = np.linalg.qr(rng.standard_normal((shape[1], RANK)))
-    spectrum = np.zeros(RANK) if kind == "first" else 1.0 / np.arange(1, RANK + 1)
-    previous = Factors(V.T, U * spectrum)
-    made = []
-    for k in range(clients):
-        rank = RANKS[k % len(RANKS)]
-        A, B = previous.lora_A[:rank].astype(float), previous.lora_B[:, :rank].astype(float)
-        match kind:
-            case "real":
-                A, B = moved(A, rng), moved(B, rng)
-            case "first":
-                B = 1e-3 * rng.standard_normal(B.shape)
-            case "flat":
-                A, B = rng.standard_normal(A.shape), rng.standard_normal(B.shape)
-        made.append(Client(single(B), single(A), int(rng.integers(50, 500))))
-    return Cohort(previous, tuple(made))
-
-
-def moved(factor: Matrix, rng: np.random.Generator) -> Matrix:
-    step = rng.standard_normal(factor.shape)
-    return factor + 0.3 * np.linalg.norm(factor) / np.linalg.norm(step) * step
-
-
-def merge(c: Cohort, options: MethodOptions = RAFLORA) -> Merged:
-    merged = make_method(options).merge(
-        c.previous, [factors_of(x) for x in c.clients], [x.num_examples for x in c.clients]
-    )
-    assert merged.certificate.way == "iteration"
-    return merged
-
-
-def excess(found: Matrix, W: Matrix, *, rank: int = RANK) -> float:
-    """How much more error than the optimal truncation, less one; of the whole where the optimum has none."""
-    values = np.linalg.svd(W, compute_uv=False)
-    optimum, energy = float(np.sum(values[rank:] ** 2)), float(np.sum(values**2))
-    error = float(np.sum((W - found) ** 2))
-    return (error - optimum) / (2.0 * (optimum if optimum > 1e-12 * energy else energy))
 
 
 SHRINKAGES: tuple[tuple[MethodOptions, dict[str, object]], ...] = (
@@ -193,35 +133,6 @@ def test_updates_that_cancel_leave_zero_and_not_noise() -> None:
     assert_alive(merged.factors)
 
 
-def test_not_even_if_all_of_a_client_s_directions_are_nearly_one() -> None:
-    # Then the roundings add up within a client: its directions' norms count by their sum.
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((1, 97)), rng.standard_normal((150, 1))
-    made = []
-    for _ in range(50):
-        A, B = a + 0.05 * rng.standard_normal((RANK, 97)), b + 0.05 * rng.standard_normal((150, RANK))
-        made += [Client(single(B), single(A), 100), Client(single(-B[:, ::-1]), single(A[::-1]), 100)]
-    order = rng.permutation(len(made))
-    merged = merge(replace(cohort("real"), clients=tuple(made[k] for k in order)), FLEXLORA)
-    assert not merged.factors.lora_B.any()
-
-
-def test_a_lone_owner_s_small_directions_are_kept_and_accurate() -> None:
-    # Eight clients of rank 16 with values of 10; a ninth has 16 directions more, of 1e-4, and nobody outweighs those.
-    U, V = orthonormal_columns(400, 32, seed=0), orthonormal_columns(360, 32, seed=1)
-    small, large = np.full(16, 10.0), np.repeat([10.0, 1e-4], 16)
-    clients = [Client(single(U[:, :16] * small), single(V[:, :16].T), 10)] * 8
-    clients.append(Client(single(U * large), single(V.T), 10))
-    merged = merge(Cohort(Factors(single(V.T), single(0.0 * U)), tuple(clients)))
-    np.testing.assert_allclose(merged.singular_values, large, rtol=1e-3)
-    lone = merged.factors.lora_B[:, 16:].astype(float) @ merged.factors.lora_A[16:].astype(float)
-    np.testing.assert_allclose(lone, 1e-4 * U[:, 16:] @ V[:, 16:].T, atol=1e-3 * 1e-4)
-
-
-def orthonormal_columns(rows: int, columns: int, *, seed: int) -> Matrix:
-    return np.linalg.qr(np.random.default_rng(seed).standard_normal((rows, columns)))[0]
-
-
 def test_a_start_that_says_nothing_is_made_up_for() -> None:
     # Every lora_A has its opposite, so that their mean is nothing; the products are the same.
     c = cohort("real")
@@ -238,47 +149,6 @@ def test_a_client_alone_in_another_row_space_is_found() -> None:
     strange = Client(single(1e3 * rng.standard_normal((150, 2))), A, 400)
     other = replace(c, clients=(*c.clients, strange))
     assert excess(product(merge(other, FLEXLORA).factors), flexlora(other.clients)) <= 1e-8
-
-
-# --- More directions than probes that the start cannot see, of values so close that a Krylov space holds eight of them
-
-
-def hidden(values: Matrix, *, lora_A_scale: float, has_opposite: bool) -> Cohort:
-    """Clients in one row space, and one in another that the mean of the lora_A has not, or hardly."""
-    rank = len(values)
-    U, V = orthonormal_columns(400, 2 * rank, seed=0), orthonormal_columns(360, 2 * rank, seed=1)
-    ordinary = Client(single(U[:, :rank] * np.linspace(1.0, 0.5, rank)), single(V[:, :rank].T), 10)
-    B, A = single(U[:, rank:] * values / lora_A_scale), single(V[:, rank:].T * lora_A_scale)
-    pair = [Client(B, A, 10), Client(-B, -A, 10)] if has_opposite else [Client(B, A, 10)]
-    return Cohort(Factors(single(V[:, :rank].T), single(0.0 * U[:, :rank])), (*[ordinary] * (5 - len(pair)), *pair))
-
-
-@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-4, 0.01])
-@pytest.mark.parametrize(("value", "scale", "has_opposite"), [(10.0, 1.0, True), (3.0, 1e-4, False)])
-def test_more_hidden_directions_than_probes_are_all_found(
-    spread: float, value: float, scale: float, has_opposite: bool
-) -> None:
-    values = value * (1.0 + spread * np.random.default_rng(2).standard_normal(32))
-    c = hidden(values, lora_A_scale=scale, has_opposite=has_opposite)
-    W = flexlora(c.clients)
-    merged = merge(c, FLEXLORA)
-    assert excess(product(merged.factors), W, rank=32) <= 1e-7
-    expected = np.linalg.svd(W, compute_uv=False)
-    np.testing.assert_allclose(merged.singular_values, expected[:32], rtol=1e-5)
-    assert merged.energy_lost == pytest.approx(np.sum(expected[32:] ** 2), rel=0.01)
-
-
-def test_a_look_that_can_rule_out_what_is_hidden_costs_one_half_pass() -> None:
-    # Everybody in round 1 has the same row space: nothing is left outside of it.
-    assert merge(cohort("first")).certificate.half_passes == 4
-
-
-def test_a_large_residual_is_no_convergence(monkeypatch: pytest.MonkeyPatch) -> None:
-    c = cohort("flat")
-    monkeypatch.setattr(subspace, "TOLERANCE", 1e9)  # the prediction is content with anything
-    assert merge(c).certificate.residual <= 0.01
-    monkeypatch.setattr(subspace, "_REFUSED", 1e9)
-    assert merge(c).certificate.residual > 0.01
 
 
 # --- The certificate
