@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 import ml_dtypes  # noqa: F401  numpy knows bfloat16 by its name once this is imported
 import numpy as np
 
+from benchmarks.load.clients import BASE_MODEL
 from common.adapter import AdapterSpec, ModuleShape
 from common.codec import Layout
 from common.version import PROTOCOL
@@ -20,7 +21,6 @@ from worker.contact import Clock, Contact
 from worker.downloads import Slices
 from worker.messages import Blob, Enrolment, RankProfile, Task
 
-BASE_MODEL = hashlib.sha256(b"no base model").hexdigest()
 SIDE = 4096  # of every layer
 RANK = 64
 
