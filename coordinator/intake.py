@@ -65,7 +65,6 @@ class Intake:
         inspectors: Inspectors | None = None,
     ) -> None:
         limits = foundation.config.limits
-        self.bytes_received = 0  # since this process started
         self.ledger = Ledger(limits, organisation_of, foundation.engine.state, foundation.engine.now)
         self._inspectors = inspectors or Inspectors(
             Allowance(limits.inspection_seconds, limits.inspection_memory_bytes)
@@ -132,7 +131,6 @@ class Intake:
                     raise InvalidRequest(f"{whose}: an empty chunk at byte {offset}")
                 await writing.start(partial(self._write, arrival, offset, chunk))
                 offset += len(chunk)
-                self.bytes_received += len(chunk)
                 del chunk  # a sender that falls silent must not hold a megabyte
                 self._engine.hear(client_id)  # a long upload is a sign of life
             await writing.settle()

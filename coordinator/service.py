@@ -104,7 +104,8 @@ class Progress:
 class Counters:
     """Volatile; since this process started."""
 
-    bytes_sent: int = 0
+    bytes_sent: int = 0  # of adapters, on the wire: of byte planes what they take
+    bytes_received: int = 0
     progress: dict[str, Progress] = field(default_factory=dict)
     refusals: deque[str] = field(default_factory=lambda: deque(maxlen=3))  # the newest workers that could not join
 

@@ -14,6 +14,7 @@ from common.adapter import MAX_AXES, MAX_TENSORS, AdapterSpec, ModuleShape, Tens
 from common.errors import InvalidRequest, ProtocolTooOld
 from common.failpoints import reach
 from common.plain import plain
+from common.side_by_side import one_ahead
 from common.transfer import CHUNK_BYTES, chunks_of
 from common.version import PROTOCOL, PROTOCOL_OLDEST
 from coordinator.federation.requests import Outcome, SubmitEvaluation, SubmitUpdate
@@ -22,7 +23,7 @@ from coordinator.identity.caller import own_client_id, own_enrol_key, present_ca
 from coordinator.intake import MAX_METRICS
 from coordinator.service import MAX_FAILURE_CHARS, CoordinatorService, Progress, Task
 from coordinator.servicers.greeting import greeting
-from coordinator.servicers.streams import as_wanted, data_of, read_chunks
+from coordinator.servicers.streams import as_wanted, data_of
 from coordinator.slices import BlobReference
 
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -118,7 +119,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         digest = await self._service.slice_path(request.client_id, request.enrol_key, request.digest)
         content = chunks_of(self._service.blobs.open(digest), request.offset)
         number_bytes = self._service.foundation.known_manifest.adapter.wire_dtype.number_bytes
-        async with aclosing(read_chunks(as_wanted(content, request.encodings, number_bytes))) as chunks:
+        async with aclosing(one_ahead(as_wanted(content, request.encodings, number_bytes))) as chunks:
             async for chunk in chunks:
                 self._service.counters.bytes_sent += len(chunk.data)
                 self._service.engine.hear(request.client_id)
@@ -144,7 +145,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             who = (own_client_id(client_id), own_enrol_key(enrol_key), said["raflora-digest"])
         except (KeyError, ValueError) as error:
             raise InvalidRequest(f"upload: the call's metadata lacks or garbles {error}") from None
-        async with aclosing(data_of(request, who[0])) as chunks:
+        async with aclosing(data_of(request, who[0], self._service.counters)) as chunks:
             committed = await self._service.intake.receive(*who, offset, chunks)
         reach("upload.answering")
         return pb.UploadAdapterResponse(committed_bytes=committed)

@@ -9,11 +9,11 @@ from raflora.v1 import status_pb2 as pb
 from raflora.v1 import status_pb2_grpc
 
 from common.errors import InvalidRequest, UnknownBlob
+from common.side_by_side import one_ahead
 from common.transfer import check_digest, chunks_of
 from coordinator.federation.state import Phase
 from coordinator.service import CoordinatorService, PublishedSlice
 from coordinator.servicers.status_view import SharedStatus, client_summary, rounds_of
-from coordinator.servicers.streams import read_chunks
 
 MAX_PAGE = 100
 _DEFAULT_PAGE = 20
@@ -71,7 +71,7 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
             which = "best" if request.best else "newest"
             raise UnknownBlob(f"adapter {request.digest[:12]} is no longer the {which}; start again without a digest")
         yield pb.FetchAdapterResponse(header=self._header(found))
-        async for data in read_chunks(chunks_of(self._service.blobs.open(found.reference.digest), request.offset)):
+        async for data in one_ahead(chunks_of(self._service.blobs.open(found.reference.digest), request.offset)):
             self._service.counters.bytes_sent += len(data)
             yield pb.FetchAdapterResponse(data=data)
 

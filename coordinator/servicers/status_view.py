@@ -69,7 +69,7 @@ def status_of(service: CoordinatorService) -> pb.FederationStatus:
         base_model=config.model.base_model,
         task=config.model.task,
         bytes_sent=service.counters.bytes_sent,
-        bytes_received=service.intake.bytes_received,
+        bytes_received=service.counters.bytes_received,
         uptime_seconds=engine.uptime_seconds,
         clients_connected=len(state.active_clients),
         clients_known=len(state.clients),

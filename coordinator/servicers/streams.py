@@ -1,9 +1,8 @@
-"""Streams of bytes over gRPC: the disk is read in a thread, one chunk ahead, and chunks are not copied by protobuf."""
+"""Streams of bytes over gRPC, in chunks that protobuf does not copy."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Generator
-from contextlib import aclosing, closing
-from typing import TypeVar
+from contextlib import closing
 
 import grpc
 import grpc.aio
@@ -14,9 +13,7 @@ from common import byte_planes
 from common.byte_planes import BadPlanes
 from common.chunk_message import Chunk, chunk_in, message_of
 from common.errors import InvalidRequest
-from common.side_by_side import one_ahead
-
-T = TypeVar("T")
+from coordinator.service import Counters
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["FederationService"].full_name
 
@@ -46,17 +43,13 @@ def upload_chunk_of(message: bytes) -> Chunk:
     return chunk
 
 
-async def read_chunks(chunks: Generator[T]) -> AsyncGenerator[T, None]:
-    """The pieces of a blocking generator. HTTP/2's flow control stops us, so no more than the next one is queued."""
-    async with aclosing(one_ahead(chunks)) as pieces:
-        async for piece in pieces:
-            yield piece
-
-
-async def data_of(chunks: AsyncIterator[Chunk], client_id: str) -> AsyncGenerator[bytes | memoryview, None]:
-    """The bytes of an upload's chunks. Raises InvalidRequest."""
+async def data_of(
+    chunks: AsyncIterator[Chunk], client_id: str, counters: Counters
+) -> AsyncGenerator[bytes | memoryview, None]:
+    """The bytes of an upload's chunks, which are counted as they came. Raises InvalidRequest."""
     # Nothing of a chunk is kept while the next one is waited for: a thousand senders may fall silent.
     async for chunk in chunks:
+        counters.bytes_received += len(chunk.data)
         try:
             data = await asyncio.to_thread(chunk.plain) if chunk.is_planes else chunk.data
         except BadPlanes as error:

@@ -61,6 +61,10 @@ async def test_a_round_in_which_one_site_has_a_slow_link(address: str) -> None:
         for client in (ada, bob):
             assert await client.do(await client.fetch_task()) is Outcome.ACCEPTED
         async with observing(address) as observer:
+            status = await observer.see()
+            # Counted is what went over the wire, in both directions.
+            assert 0 < status.bytes_received < len(ada.sent[1]) + len(bob.sent[1])
+            assert 0 < status.bytes_sent < len(ada.received[1]) + len(bob.received[1])
             assert (await observer.finished()).round == 1
 
 

@@ -202,7 +202,7 @@ class Streams:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ended = asyncio.Semaphore(0)
-        real = servicer.read_chunks
+        real = servicer.one_ahead
 
         async def spied(chunks: Generator[bytes]) -> AsyncIterator[bytes]:
             try:
@@ -212,7 +212,7 @@ class Streams:
             finally:
                 self.ended.release()
 
-        monkeypatch.setattr(servicer, "read_chunks", spied)
+        monkeypatch.setattr(servicer, "one_ahead", spied)
 
     async def all_ended(self) -> None:
         for _ in range(STREAMS):
