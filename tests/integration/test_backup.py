@@ -24,7 +24,7 @@ from coordinators import (
 
 from cli.errors import ExitCode
 from cli.main import main
-from common.errors import ConfigError, CorruptStore, TooBusy, UnknownTask
+from common.errors import ConfigError, CorruptStore, LeaseSuperseded, TooBusy, UnknownTask
 from coordinator.config import CoordinatorConfig
 from coordinator.federation.events import LeasesSkipped
 from coordinator.stores import backup as backup_module
@@ -96,13 +96,14 @@ async def test_a_lease_of_the_lost_time_is_never_given_again_nor_taken(tmp_path:
     restore(tmp_path / "backup", restored.state_dir)
     async with serving(restored) as address:
         ada = NumpyClient(address, "ada", 2)
-        await ada.upload(lost, content)
         with pytest.raises(UnknownTask, match="was never given for this task; poll"):
-            await ada.submit(lost, content)
+            await ada.upload(lost, content)
         task = await ada.fetch_task()
         assert task.lease_token > SKIPPED_LEASES > lost.lease_token
         assert await ada.submit(lost, content) is Outcome.SUPERSEDED
-        assert await ada.submit(task, await ada.train(task)) is Outcome.ACCEPTED
+        with pytest.raises(LeaseSuperseded):
+            await ada.upload(lost, content)
+        assert await ada.do(task) is Outcome.ACCEPTED
         await ada.rpc.close()
 
 

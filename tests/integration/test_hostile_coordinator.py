@@ -153,7 +153,8 @@ async def test_a_join_tells_the_documented_profile_and_nothing_else(site: Watche
     told = {field.name for field, _ in join.ListFields()}
     assert told == {"protocol", "client_id", "enrol_key", "profile", "base_model_digest", "spec", "software_version"}
     profile = {field.name: value for field, value in join.profile.ListFields()}
-    assert profile == {"max_rank": RANK, "device": "cpu", "memory_bytes": 1 << 30, "num_examples": 40}
+    told_of_data = {"num_examples": 40, "num_eval_examples": 40}
+    assert profile == {"max_rank": RANK, "device": "cpu", "memory_bytes": 1 << 30, **told_of_data}
 
 
 @pytest.mark.parametrize(
