@@ -10,12 +10,18 @@ from benchmarks.report import is_measured
 _COLOURS = {"goal": "#1f4e79", "bar": "#6fa8dc", "below": "#f6b26b"}
 _MEANINGS = {"goal": "goal reached", "bar": "bar reached", "below": "below the bar"}
 _INCHES_A_BAR = 0.3
+_MARGIN = 0.8  # of the leftmost value
 _AXIS = "times the bar, right is better (1: the bar; |: the goal; thin line: from lowest to highest)"
 
 
 def times_the_bar(goal: Goal, value: float) -> float:
     """1 at the bar, more is better."""
     return value / goal.bar if goal.at_least else goal.bar / value
+
+
+def _least(figure: Figure) -> float:
+    ends = (figure.value.low, figure.value.median, figure.value.high)
+    return min((times_the_bar(figure.goal, end) for end in ends if end > 0), default=1.0) if figure.goal else 1.0
 
 
 def draw(figures: Sequence[Figure], path: Path) -> bool:
@@ -43,6 +49,8 @@ def draw(figures: Sequence[Figure], path: Path) -> bool:
         axes.barh([0], [0], color=_COLOURS[name], label=_MEANINGS[name])
     canvas.legend(fontsize=8, ncols=len(_MEANINGS), loc="outside upper center")
     axes.set_xscale("log")
+    # Bars that start at 1 and go left do not count for the automatic limits.
+    axes.set_xlim(left=_MARGIN * min(1.0, *(_least(figure) for figure in shown)))
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [figure.name for figure in shown], fontsize=8)
     axes.set_xlabel(_AXIS, fontsize=8)
